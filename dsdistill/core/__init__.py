@@ -1,0 +1,1 @@
+"""Foundations without any notion of distillation: settings, randomness, storage, registry."""

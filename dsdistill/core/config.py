@@ -1,0 +1,179 @@
+"""Settings as frozen dataclasses: checked when made, documented where declared, plain JSON on disk.
+
+A settings class is a standard ``@dataclass(frozen=True, kw_only=True)`` whose fields carry their range in
+the type and their documentation in a string below::
+
+    ipc: Annotated[int, Ge(1)] = 10
+    \"\"\"Synthetic images per class.\"\"\"
+
+`validate` checks types and ranges (pydantic does the work), `to_dict` and `from_dict` convert to and from
+plain containers, `describe` lists the fields for humans.
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import docstring_parser
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from dsdistill.errors import InvalidSetting, UnknownName
+
+T = TypeVar("T")
+TYPE_KEY = "type"
+
+
+@dataclass(frozen=True)
+class FieldInfo:
+    """One setting as shown to a human: all strings but the default."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@cache
+def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+    # A dataclass-typed field is compared with isinstance: its own __post_init__ has checked it already.
+    def adapter(hint: Any) -> TypeAdapter[Any]:
+        if dataclasses.is_dataclass(hint):
+            return TypeAdapter(typing.cast(Any, hint), config=None)
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+
+    return {name: adapter(hint) for name, hint in _hints(cls).items()}
+
+
+def validate(settings: Any) -> None:
+    """Check every field of a dataclass instance against its annotation; an int given for a float is converted.
+
+    Call it from ``__post_init__``.
+
+    Raises:
+        InvalidSetting: naming class and field, the value, and what is allowed.
+    """
+    cls = type(settings)
+    for name, adapter in _adapters(cls).items():
+        value = getattr(settings, name)
+        try:
+            checked = adapter.validate_python(value)
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]["msg"]
+            raise InvalidSetting(f"{cls.__name__}.{name}", value, problem[:1].lower() + problem[1:]) from None
+        if type(checked) is not type(value):
+            object.__setattr__(settings, name, checked)
+
+
+def to_dict(value: Any) -> Any:
+    """Plain JSON containers; each dataclass becomes a mapping with its class name under ``"type"``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        plain = {field.name: to_dict(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {TYPE_KEY: type(value).__name__, **plain}
+    if isinstance(value, Mapping):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a setting of type {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
+    """Rebuild a settings object written by `to_dict`.
+
+    Raises:
+        UnknownName: a key is no field of the class, or a ``"type"`` names no known class.
+        InvalidSetting: a value has the wrong type or is out of range.
+    """
+    named = data.get(TYPE_KEY, cls.__name__)
+    actual = _subclasses(cls).get(named)
+    if actual is None:
+        raise UnknownName(cls.__name__, str(named), sorted(_subclasses(cls)))
+    hints = _hints(actual)
+    arguments = {}
+    for key, value in data.items():
+        if key == TYPE_KEY:
+            continue
+        if key not in hints:
+            raise UnknownName(f"setting of {actual.__name__}", key, sorted(hints))
+        arguments[key] = _revive(hints[key], value)
+    return actual(**arguments)
+
+
+def check_names(cls: type, names: typing.Iterable[str]) -> None:
+    """Refuse names that are no field of a settings class, with the nearest valid one.
+
+    Raises:
+        UnknownName: for the first unknown name.
+    """
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in names:
+        if name not in known:
+            raise UnknownName(f"setting of {cls.__name__}", name, known)
+
+
+def describe(cls: type) -> list[FieldInfo]:
+    """The fields of a settings class in order of declaration, with type, default and documentation."""
+    docs: dict[str, str] = {}
+    for base in reversed(inspect.getmro(cls)):
+        if dataclasses.is_dataclass(base):
+            parsed = docstring_parser.parse_from_object(base)
+            docs |= {item.arg_name: item.description or "" for item in parsed.params}
+    return [
+        FieldInfo(field.name, type_name(_hints(cls)[field.name]), _default(field), docs.get(field.name, ""))
+        for field in dataclasses.fields(cls)
+    ]
+
+
+def type_name(hint: Any) -> str:
+    """A type as a human writes it: ``int >= 1``, ``'a' | 'b'``, ``NetworkSpec | None``."""
+    if typing.get_origin(hint) is typing.Annotated:
+        base, *limits = typing.get_args(hint)
+        signs = {"Ge": (">=", "ge"), "Gt": (">", "gt"), "Le": ("<=", "le"), "Lt": ("<", "lt")}
+        ranges = [
+            f"{signs[type(limit).__name__][0]} {getattr(limit, signs[type(limit).__name__][1])}"
+            for limit in limits
+            if type(limit).__name__ in signs
+        ]
+        return " ".join([type_name(base), ", ".join(ranges)]).strip()
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(repr(choice) for choice in typing.get_args(hint))
+    if isinstance(hint, type) and not typing.get_args(hint):
+        return "None" if hint is type(None) else hint.__name__
+    if typing.get_args(hint) and typing.get_origin(hint) not in (tuple, list, dict):
+        return " | ".join(type_name(part) for part in typing.get_args(hint))
+    return str(hint).replace("typing.", "")
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else dataclasses.MISSING
+
+
+def _subclasses(cls: type[T]) -> dict[str, type[T]]:
+    found = {cls.__name__: cls}
+    for child in cls.__subclasses__():
+        found |= _subclasses(child)
+    return found
+
+
+def _revive(hint: Any, value: Any) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
+    if isinstance(value, Mapping):
+        for option in options:
+            if isinstance(option, type) and (dataclasses.is_dataclass(option) or inspect.isabstract(option)):
+                return from_dict(option, value)
+    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in (hint, *options)):
+        return tuple(value)
+    return value

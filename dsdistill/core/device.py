@@ -1,0 +1,53 @@
+"""The one place that turns a device argument into a `torch.device`."""
+
+import torch
+
+from dsdistill.errors import DeviceUnavailable
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """Check a device before any work starts.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps", a `torch.device`, or None for the best one present.
+
+    Raises:
+        DeviceUnavailable: the name is no device, or the device is not there.
+    """
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceUnavailable(str(device), "no such kind of device (cpu, cuda, cuda:N, mps)") from error
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise DeviceUnavailable(str(device), f"this machine offers {count} CUDA devices to torch")
+        return torch.device("cuda", resolved.index if resolved.index is not None else torch.cuda.current_device())
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceUnavailable(str(device), "torch finds no Apple GPU")
+    if resolved.type not in ("cpu", "mps"):
+        raise DeviceUnavailable(str(device), "only cpu, cuda and mps are supported")
+    return resolved
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes: allocated on a CUDA device since its last reset, else the process's resident peak."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued work, so that a clock read afterwards means something."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

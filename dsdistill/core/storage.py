@@ -1,0 +1,236 @@
+"""Files that are either whole or absent, and that say when they are damaged.
+
+Everything is safetensors for tensors and JSON for the rest; nothing is ever unpickled. A file is written to
+a temporary name beside its target, flushed to the disk and renamed. A folder of files is committed by its
+manifest, a JSON file written last, which carries the sha256 of every other file and of itself.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from dsdistill.errors import BadArtifact, OutputConflict
+
+_TEMPORARY = ".tmp-"
+_MANIFEST_LIMIT = 64 * 2**20
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: temporary name, fsync, rename, fsync of the folder; mode as the umask says."""
+    descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically, keys in the order given, no NaN."""
+    write_bytes(path, encode_json(content))
+
+
+def encode_json(content: Any) -> bytes:
+    """UTF-8 JSON with two-space indents and a final newline; NaN and infinity are refused."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+
+
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """Tensors as safetensors bytes, moved to the CPU; the same tensors always give the same bytes."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], manifest_name: str, manifest: Mapping[str, Any]) -> None:
+    """Commit ``files`` and their manifest into an existing folder, the manifest last.
+
+    A reader that finds no valid manifest treats the folder as unfinished.
+    """
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    listing = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
+    write_json(folder / manifest_name, sealed({**manifest, "files": listing}))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest written by `write_folder` and check its own seal (not yet the files it lists).
+
+    Raises:
+        BadArtifact: missing, not JSON, or altered.
+    """
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("seal") != sealed(manifest)["seal"]:
+        raise BadArtifact(path, "the manifest was altered or damaged (its seal does not match); get a fresh copy")
+    return manifest
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of at most 64 MiB.
+
+    Raises:
+        BadArtifact: missing, too large or not JSON.
+    """
+    try:
+        if path.stat().st_size > _MANIFEST_LIMIT:
+            raise BadArtifact(path, f"larger than {_MANIFEST_LIMIT} bytes: this is no manifest of dsdistill")
+        return json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+    except FileNotFoundError:
+        raise BadArtifact(path, "no such file: the folder is not a finished dsdistill folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, BadArtifact):
+            raise
+        raise BadArtifact(path, f"not readable as JSON ({error})") from None
+
+
+def read_listed(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
+    """Bytes of a file the manifest lists, after its size and sha256 were checked.
+
+    Raises:
+        BadArtifact: unlisted, outside the folder, missing, truncated or altered.
+    """
+    entry = manifest.get("files", {}).get(name)
+    if not isinstance(entry, dict):
+        raise BadArtifact(folder, f"the manifest lists no file {name!r}")
+    path = folder / name
+    if PurePosixPath(name).name != name or path.is_symlink():
+        raise BadArtifact(folder, f"the manifest points outside the folder: {name!r}")
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size == entry.get("bytes") else b""
+    except OSError as error:
+        raise BadArtifact(path, f"listed in the manifest but not readable ({error.strerror})") from None
+    if size != entry.get("bytes"):
+        raise BadArtifact(path, f"holds {size} bytes where the manifest says {entry.get('bytes')}; get a fresh copy")
+    if sha256(data) != entry.get("sha256"):
+        raise BadArtifact(path, "its sha256 differs from the manifest: the file was altered or damaged; get a fresh copy")
+    return data
+
+
+def read_listed_tensors(folder: Path, manifest: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Tensors of a listed safetensors file; see `read_listed`. NaN and infinity are refused.
+
+    Raises:
+        BadArtifact: as `read_listed`, or not a safetensors file, or not finite.
+    """
+    data = read_listed(folder, manifest, name)
+    path = folder / name
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise BadArtifact(path, f"not a valid safetensors file ({error}); pickles are never read") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BadArtifact(path, f"tensor {key!r} holds NaN or infinity")
+    return tensors
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a ``seal``: the sha256 of its canonical JSON without the seal."""
+    body = {key: value for key, value in manifest.items() if key != "seal"}
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return {**body, "seal": sha256(canonical.encode())}
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal sha256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def content_hash(content: Any) -> str:
+    """A short stable hash of plain JSON content, independent of key order."""
+    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())[:16]
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` survive a power cut, where the system lets a folder be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what a killed writer left behind. Only call it while holding the folder's lock."""
+    for orphan in folder.glob(f"{_TEMPORARY}*"):
+        orphan.unlink(missing_ok=True)
+
+
+def ensure_writable(folder: Path) -> None:
+    """Create ``folder`` if needed and prove that a file can be written there.
+
+    Raises:
+        OutputConflict: the path is a file, or the folder is read-only.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputConflict(folder, "is a file, an output folder is needed; choose another path")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(prefix=_TEMPORARY, dir=folder):
+            pass
+    except OSError as error:
+        raise OutputConflict(folder, f"cannot be written ({error.strerror}); choose another output folder") from None
+
+
+def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
+    """Split nested dicts and lists into named tensors and a JSON skeleton; `unflatten` is the inverse.
+
+    Args:
+        tree: dicts (str or int keys), lists, tuples, tensors, numbers, strings, booleans, None.
+
+    Raises:
+        TypeError: any other value.
+    """
+    if isinstance(tree, Tensor):
+        return {prefix: tree}, {"tensor": prefix}
+    if isinstance(tree, (dict, list, tuple)):
+        tensors: dict[str, Tensor] = {}
+        items = []
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"checkpoint key {key!r} at {prefix!r} is neither str nor int")
+            inner, skeleton = flatten(value, f"{prefix}/{key}" if prefix else str(key))
+            tensors |= inner
+            items.append([key, skeleton])
+        return tensors, {type(tree).__name__: items}
+    if tree is None or isinstance(tree, (bool, int, str)):
+        return {}, {"value": tree}
+    if isinstance(tree, float):
+        return {}, {"value": tree} if math.isfinite(tree) else {"float": repr(tree)}
+    raise TypeError(f"checkpoint entry {prefix!r} has type {type(tree).__name__}, which cannot be stored")
+
+
+def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
+    """Rebuild the tree that `flatten` took apart."""
+    ((kind, content),) = skeleton.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: unflatten(tensors, value) for key, value in content}
+    if kind in ("list", "tuple"):
+        values = [unflatten(tensors, value) for _, value in content]
+        return values if kind == "list" else tuple(values)
+    return float(content) if kind == "float" else content
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
