@@ -172,7 +172,7 @@ def _revive(hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
     if isinstance(value, Mapping):
         for option in options:
-            if isinstance(option, type) and (dataclasses.is_dataclass(option) or inspect.isabstract(option)):
+            if isinstance(option, type) and TYPE_KEY in value:
                 return from_dict(option, value)
     if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in (hint, *options)):
         return tuple(value)

@@ -107,7 +107,7 @@ def read_listed(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     if not isinstance(entry, dict):
         raise BadArtifact(folder, f"the manifest lists no file {name!r}")
     path = folder / name
-    if PurePosixPath(name).name != name or path.is_symlink():
+    if name == ".." or PurePosixPath(name).name != name or path.is_symlink():
         raise BadArtifact(folder, f"the manifest points outside the folder: {name!r}")
     try:
         size = path.stat().st_size

@@ -1,0 +1,67 @@
+"""dsdistill: distil a labelled image set into a few synthetic images per class, and score the result.
+
+>>> import dsdistill as dd
+>>> source = dd.data.load("digits")
+>>> synthetic = dd.synthesize(dd.methods.RandomReal(ipc=1), source)
+>>> synthetic.ipc, len(synthetic)
+(1, 10)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsdistill import augmentations, data, errors, evaluation, methods, networks, testing
+    from dsdistill.engine import Synthesizer, synthesize
+    from dsdistill.errors import DistillError
+    from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, evaluate
+    from dsdistill.methods import create_method, list_methods
+    from dsdistill.synthetic import SyntheticDataset
+
+__version__ = "0.1.0"
+
+_MODULES = ("augmentations", "data", "errors", "evaluation", "methods", "networks", "testing")
+_NAMES = {
+    "DistillError": "errors",
+    "EvaluationProtocol": "evaluation",
+    "EvaluationResult": "evaluation",
+    "Synthesizer": "engine",
+    "SyntheticDataset": "synthetic",
+    "create_method": "methods",
+    "evaluate": "evaluation",
+    "list_methods": "methods",
+    "synthesize": "engine",
+}
+
+__all__ = [
+    "DistillError",
+    "EvaluationProtocol",
+    "EvaluationResult",
+    "Synthesizer",
+    "SyntheticDataset",
+    "__version__",
+    "augmentations",
+    "create_method",
+    "data",
+    "errors",
+    "evaluate",
+    "evaluation",
+    "list_methods",
+    "methods",
+    "networks",
+    "synthesize",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Everything is imported on first use, so that `import dsdistill` and the command line's --help stay quick.
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,78 @@
+"""The contract of augmentations: all randomness in `sample`, none in `apply`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """A record of what to do to images: one operation and its parameters for each of G groups.
+
+    Applying the same record twice gives the same views, which is how a real and a synthetic batch share them.
+    """
+
+    shape: tuple[int, int, int]
+    """``(C, H, W)`` of the images the record was drawn for."""
+    ops: tuple[str, ...]
+    """Operation of each group. On the host, so that sorting images by operation never waits for a device."""
+    values: Tensor
+    """``(G, 3)`` float32 parameters of each group; their meaning depends on the operation, unused ones are 0."""
+
+    def __len__(self) -> int:
+        return len(self.ops)
+
+
+@dataclass(frozen=True)
+class Augmentation(ABC):
+    """A family of random views of images; subclasses are frozen settings."""
+
+    @abstractmethod
+    def sample(
+        self,
+        count: int,
+        shape: tuple[int, int, int],
+        generator: torch.Generator,
+        *,
+        per: Literal["class", "image"] = "class",
+        device: torch.device | str | None = None,
+    ) -> Views:
+        """Draw a record for ``count`` groups.
+
+        Args:
+            count: number of classes (``per="class"``) or of images (``per="image"``).
+            shape: ``(C, H, W)`` of one image.
+            generator: a generator on the CPU, whatever the device of the images.
+            per: "class" draws everything anew for each group, for matching: all images of a class, real and
+                synthetic, get the same view. "image" is for training and evaluation: what is shared by a
+                mini-batch (the operation, here) is drawn once, the parameters independently for each image.
+            device: where the parameters are needed; None leaves them on the CPU.
+
+        Raises:
+            InvalidSetting: the generator is not on the CPU.
+        """
+
+    @abstractmethod
+    def apply(self, images: Tensor, views: Views, owner: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Show images as recorded; pure, and differentiable in the images any number of times.
+
+        Args:
+            images: ``(M, C, H, W)``, standardised: 0 fills vacated pixels and is the mean colour.
+            views: a record of `sample`.
+            owner: ``(M,)`` the group of each image, best as a list or CPU tensor (one on another device has to be
+                waited for); None if image i belongs to group i.
+
+        Returns:
+            ``(M, C, H, W)`` of the same type.
+
+        Raises:
+            ShapeMismatch: images or owner do not fit the record.
+        """
+
+    @abstractmethod
+    def suited(self, mirror_safe: bool) -> "Augmentation | None":
+        """This augmentation without mirroring if mirrored images change their class; None if nothing remains."""

@@ -1,0 +1,1 @@
+"""The command line: a few verbs over the library's functions."""

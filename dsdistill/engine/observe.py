@@ -1,0 +1,112 @@
+"""What a run shows while it works: a progress bar, one JSON line per step, and a clean end on a signal."""
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from dsdistill.core import storage
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One finished outer step, as given to a callback. ``seconds`` counts from the start of this process's run."""
+
+    job: str
+    iteration: int
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+class Observer:
+    """Progress bar and metrics log of a run.
+
+    Args:
+        total: steps of all jobs together.
+        log: JSON-lines file, or None.
+        progress: show a bar where standard error is a terminal.
+        title: label of the bar.
+    """
+
+    def __init__(self, total: int, log: Path | None, progress: bool, title: str) -> None:
+        self._begin = time.perf_counter()
+        self._path = log
+        self._file = log.open("a", encoding="utf-8") if log else None
+        self._bar = tqdm(total=total, desc=title, unit="step", disable=None if progress and total else True)
+
+    def skip(self, job: str, iterations: int) -> None:
+        """Begin (or go on with) a job after ``iterations`` finished steps; later lines of the log are dropped."""
+        self._bar.update(iterations)
+        if self._path is None or self._file is None:
+            return
+        self._file.close()
+        kept = []
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            entry = _parse(line)
+            if entry is not None and (entry.get("job") != job or entry.get("iteration", 0) < iterations):
+                kept.append(line + "\n")
+        storage.write_bytes(self._path, "".join(kept).encode())
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def step(self, job: str, iteration: int, metrics: Mapping[str, float]) -> StepEvent:
+        """Show and log one step."""
+        event = StepEvent(job, iteration, dict(metrics), time.perf_counter() - self._begin)
+        self._bar.update(1)
+        if "loss" in metrics:
+            self._bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
+        if self._file:
+            line = {"job": job, "iteration": iteration, **metrics, "seconds": round(event.seconds, 4)}
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        return event
+
+    def close(self) -> None:
+        """End the bar and the log."""
+        self._bar.close()
+        if self._file:
+            self._file.close()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:  # a kill may have cut the last line short
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a wish that the engine grants after the step; the second acts at once.
+
+    Only the main thread can receive signals; elsewhere, and when not ``active``, this does nothing.
+    """
+
+    def __init__(self, active: bool) -> None:
+        self.signum: int | None = None
+        self._active = active and threading.current_thread() is threading.main_thread()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if self._active:
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._request)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._give_back()
+
+    def _request(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()

@@ -1,0 +1,228 @@
+"""`synthesize`: run a method on real images, resumably, and return the set it made."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsdistill.core.config import to_dict
+from dsdistill.core.device import resolve_device
+from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
+from dsdistill.data import ImageSource
+from dsdistill.engine import checkpoint
+from dsdistill.engine.observe import Observer, StepEvent, StopRequest
+from dsdistill.engine.synthesizer import Job, Metrics, Run, State, Synthesizer
+from dsdistill.engine.workspace import Workspace
+from dsdistill.errors import Diverged, InvalidSetting, Stopped
+from dsdistill.synthetic import Recipe, SyntheticDataset
+
+logger = logging.getLogger("dsdistill")
+Callback = Callable[[StepEvent], None]
+
+# Reading a loss from an accelerator makes the host wait; there, losses are read in groups.
+_READ_EVERY = {"cpu": 1}
+_READ_EVERY_ACCELERATOR = 20
+
+
+def synthesize(
+    method: Synthesizer,
+    source: ImageSource,
+    *,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    checkpoint_every: int = 100,
+    keep: int = 2,
+    chunk: int | None = None,
+    progress: bool = True,
+    callback: Callback | None = None,
+) -> SyntheticDataset:
+    """Distil ``source`` with ``method``.
+
+    With ``out``, the run saves its state as it goes and the finished set at the end; the same call again
+    continues an interrupted run, or returns the finished set. On one machine with one number of threads the
+    result on the CPU is the same to the last bit, however often the run was interrupted.
+
+    Args:
+        method: settings of the method, e.g. ``dd.methods.DM(ipc=10)``.
+        source: real images; only the training split is used.
+        seed: every random draw is a function of it.
+        device: "cpu", "cuda", "cuda:1", "mps", or None for the best one present. The set is returned on the CPU.
+        out: output folder.
+        overwrite: replace a run that ``out`` already holds.
+        checkpoint_every: steps between checkpoints.
+        keep: checkpoints kept.
+        chunk: images that pass a network at once, None for a size that suits device and image: lower it when
+            memory runs out. Changes results only by float rounding.
+        progress: show a progress bar where standard error is a terminal.
+        callback: called after each step.
+
+    Raises:
+        BadData, InvalidSetting, DeviceUnavailable, OutputConflict, OutputLocked: before any work starts.
+        Diverged: a loss or the state stopped being finite; the last good state is saved.
+        Stopped: a signal ended the run after its state was saved (only with ``out``).
+        BadArtifact: every checkpoint of the interrupted run is damaged.
+    """
+    resolved = resolve_device(device)
+    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep), ("chunk", chunk)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InvalidSetting(name, value, "an integer of at least 1")
+    if not isinstance(seed, int):
+        raise InvalidSetting("seed", seed, "an integer")
+    method.check(source)
+    chunk = chunk or default_chunk(source.shape, resolved)
+    run = Run(
+        source=source.train_only().to(resolved),
+        device=resolved,
+        rng=Rng(seed, device=resolved),
+        classes=tuple(range(source.num_classes)),
+        chunk=chunk,
+    )
+    recipe = _recipe(method, run)
+    execution = Execution(method, run, recipe, checkpoint_every=checkpoint_every, progress=progress, callback=callback)
+    if out is None:
+        return execution()
+    with Workspace(Path(out), recipe, overwrite=overwrite, keep=keep) as workspace:
+        if workspace.finished:
+            logger.info("%s holds the finished set of this very run; nothing to do", out)
+            return SyntheticDataset.load(out)
+        execution.workspace = workspace
+        result = execution()
+        workspace.commit(result)
+    return result
+
+
+def default_chunk(shape: tuple[int, int, int], device: torch.device) -> int:
+    """Images per forward pass such that one 128-channel activation fits the cache (CPU) or 2 GiB (accelerators)."""
+    activation = 128 * 4 * shape[1] * shape[2]
+    budget = 8 * 2**20 if device.type == "cpu" else 2 * 2**30
+    return max(1, min(budget // activation, 4096))
+
+
+def _recipe(method: Synthesizer, run: Run) -> Recipe:
+    source = run.source
+    return Recipe(
+        method=to_dict(method),
+        seed=run.rng.seed,
+        source={
+            "name": source.name,
+            "fingerprint": source.fingerprint,
+            "counts": list(source.counts),
+            "normalization": source.normalization.to_json(),
+        },
+        execution={"device": run.device.type, "threads": torch.get_num_threads(), "chunk": run.chunk},
+    )
+
+
+@dataclass
+class Execution:
+    """One call of `synthesize` at work: its jobs, one after the other."""
+
+    method: Synthesizer
+    run: Run
+    recipe: Recipe
+    checkpoint_every: int
+    progress: bool
+    callback: Callback | None
+    workspace: Workspace | None = None
+    order: Callable[[Sequence[Job]], Sequence[Job]] = field(default=lambda jobs: jobs)
+    """In which order to run the jobs; the result does not depend on it, and the contract suite says so."""
+
+    def __call__(self) -> SyntheticDataset:
+        method, run = self.method, self.run
+        with isolated_global_rng(run.device), StopRequest(active=self.workspace is not None) as self._stop:
+            seed_global(run.rng.integer("global/prepare"), run.device)
+            method.prepare(run)
+            jobs = method.jobs(run)
+            log = self.workspace.metrics if self.workspace else None
+            self._observer = Observer(method.steps * len(jobs), log, self.progress, type(method).__name__)
+            try:
+                parts = {job.key: self._part(job, alone=len(jobs) == 1) for job in self.order(jobs)}
+            finally:
+                self._observer.close()
+        return replace(SyntheticDataset.join([parts[job.key] for job in jobs]), recipe=self.recipe)
+
+    def _part(self, job: Job, alone: bool) -> SyntheticDataset:
+        earlier = self.workspace.part(job) if self.workspace else None
+        if earlier is not None:
+            self._observer.skip(job.key, self.method.steps)
+            return earlier
+        part = self._job(job)
+        if self.workspace and not alone:
+            self.workspace.save_part(job, part)
+        return part
+
+    def _job(self, job: Job) -> SyntheticDataset:
+        method, run = self.method, self.run.scoped(job)
+        seed_global(run.rng.integer("global/start"), run.device)
+        state = method.start(run, job)
+        begin = self._resume(job, state)
+        watch = _Watch(self, run, job, state, begin)
+        for iteration in range(begin, method.steps):
+            seed_global(run.rng.integer("global/step", iteration), run.device)
+            watch.add(iteration, method.step(run, state, iteration))
+            done = iteration + 1
+            due = done % self.checkpoint_every == 0 and done < method.steps
+            stopping = self._stop.signum is not None
+            if due or stopping or done == method.steps or done % _READ_EVERY.get(run.device.type, _READ_EVERY_ACCELERATOR) == 0:
+                watch.read()
+            if self.workspace and (due or stopping):
+                self.workspace.write_checkpoint(job, done, checkpoint.capture(state))
+            if self.workspace and self._stop.signum is not None and stopping:
+                raise Stopped(self._stop.signum, done, self.workspace.folder)
+        seed_global(run.rng.integer("global/finish"), run.device)
+        return method.finish(run, state)
+
+    def _resume(self, job: Job, state: State) -> int:
+        found = self.workspace.read_checkpoint(job, self.run.device) if self.workspace else None
+        begin = 0
+        if found is not None:
+            begin, tree = found
+            checkpoint.restore(state, tree)
+            logger.info("job %r goes on after %d steps", job.key, begin)
+        self._observer.skip(job.key, begin)
+        return begin
+
+
+class _Watch:
+    """Reads losses (in groups), passes them on, and stops the run at the first that is not finite."""
+
+    def __init__(self, execution: Execution, run: Run, job: Job, state: State, begin: int) -> None:
+        self._execution, self._run, self._job, self._state = execution, run, job, state
+        self._pending: list[tuple[int, Metrics]] = []
+        self._good: tuple[int, dict[str, Any], Mapping[str, float]] = (begin, checkpoint.capture(state), {})
+
+    def add(self, iteration: int, metrics: Metrics) -> None:
+        self._pending.append((iteration, metrics))
+
+    def read(self) -> None:
+        for iteration, metrics in self._pending:
+            values = {name: float(value) for name, value in metrics.items()}
+            culprit = next((name for name, value in values.items() if value - value != 0), None)
+            if culprit:
+                self._diverged(iteration, culprit)
+            event = self._execution._observer.step(self._job.key, iteration, values)
+            if self._execution.callback:
+                self._execution.callback(event)
+            last, last_values = iteration, values
+        if not self._pending:
+            return
+        self._pending.clear()
+        if not bool(checkpoint.all_finite(self._state)):
+            self._diverged(last, "the updated state")
+        self._good = (last + 1, checkpoint.capture(self._state), last_values)
+
+    def _diverged(self, iteration: int, culprit: str) -> None:
+        done, tree, metrics = self._good
+        execution, saved = self._execution, None
+        if execution.workspace:
+            checkpoint.restore(self._state, tree)
+            note = f"NOT FINISHED: diverged at iteration {iteration}; this is the state after {done} iterations"
+            recipe = replace(execution.recipe, notes=(note,))
+            last_good = replace(execution.method.finish(self._run, self._state), recipe=recipe)
+            saved = execution.workspace.save_last_good(last_good)
+        raise Diverged(type(execution.method).__name__, self._job.key, iteration, culprit, metrics, saved)

@@ -1,0 +1,180 @@
+"""The contract between a paper and the engine.
+
+A method is a frozen dataclass: the object is its settings. It writes `Synthesizer.start` (what is learned
+and from where it starts) and `Synthesizer.step` (the paper's inner page); the engine owns everything else.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from dsdistill.core.config import check_names, validate
+from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource
+from dsdistill.errors import BadData, UnknownName
+from dsdistill.labels import HardLabels, Labels
+from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Parameterization, Pixels
+from dsdistill.synthetic import Recipe, SyntheticDataset
+
+Metrics = Mapping[str, Tensor]
+"""What a step reports: detached scalar tensors by name; "loss" is checked to be finite."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """An independent unit of a run: a key, unique in the run, and the classes it makes images of."""
+
+    key: str
+    classes: tuple[int, ...]
+
+
+@dataclass
+class State:
+    """Everything that changes during synthesis, and nothing else: this is what a checkpoint holds."""
+
+    images: Parameterization
+    labels: Labels
+    optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    extras: dict[str, nn.Module | Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method may use: real training data, device, named random streams. There are no globals.
+
+    ``source`` lives on ``device`` and gives no way to the test split; ``rng`` and ``classes`` are those of the
+    current job; ``chunk`` is how many images should pass a network at a time (memory and cache, not maths).
+    """
+
+    source: ImageSource
+    device: torch.device
+    rng: Rng
+    classes: tuple[int, ...]
+    chunk: int
+    _networks: dict[NetworkSpec, nn.Module] = field(default_factory=dict, repr=False)
+
+    def scoped(self, job: Job) -> "Run":
+        """The same run as a job of it sees it."""
+        return replace(self, rng=self.rng.scoped(job.key), classes=job.classes)
+
+    def network(self, spec: NetworkSpec, iteration: int, *, name: str = "network") -> nn.Module:
+        """A freshly initialised network of stream ``name`` at ``iteration``, its parameters frozen.
+
+        One module per spec is kept and refilled in place: a network obtained earlier changes with this call.
+        """
+        generator = self.rng.at(name, iteration, device="cpu")
+        if spec in self._networks:
+            network = spec.refresh(
+                self._networks[spec],
+                self.source.shape,
+                self.source.num_classes,
+                generator=generator,
+                device=self.device,
+            )
+        else:
+            network = spec.build(self.source.shape, self.source.num_classes, generator=generator, device=self.device)
+            network = network.to(memory_format=torch.channels_last)
+        self._networks[spec] = network
+        return network.requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesizer(ABC):
+    """Base class of all methods: a frozen, keyword-only dataclass whose fields are the method's settings.
+
+    Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps` and
+    `step`. Settings are checked when the object is made.
+
+    Raises:
+        InvalidSetting: a field has the wrong type or is out of range.
+    """
+
+    paper: ClassVar[str]
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    ipc: Annotated[int, Ge(1)] = 10
+    """Synthetic images per class."""
+    on_small_class: Literal["error", "cap", "duplicate"] = "error"
+    """What to do with a class that has fewer real images than ipc: refuse, take fewer, or repeat images."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def steps(self) -> int:
+        """Outer steps of each job; 0 for methods that only select."""
+        return 0
+
+    def check(self, source: ImageSource) -> None:
+        """Refuse a source this method cannot work with, before any work starts.
+
+        Raises:
+            BadData: a class is smaller than ``ipc`` and ``on_small_class`` is "error".
+        """
+        small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < self.ipc]
+        if small and self.on_small_class == "error":
+            raise BadData(
+                f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: {', '.join(small[:5])}; "
+                "lower ipc or set on_small_class to 'cap' (fewer images) or 'duplicate' (repeated images)"
+            )
+
+    def budget(self, run: Run) -> list[int]:
+        """Stored images of each class of the run, in the order of ``run.classes``."""
+        if self.on_small_class == "cap":
+            return [min(self.ipc, run.source.counts[c]) for c in run.classes]
+        return [self.ipc] * len(run.classes)
+
+    def prepare(self, run: Run) -> None:
+        """Build what all jobs share (experts, teachers, statistics). Nothing by default."""
+
+    def jobs(self, run: Run) -> Sequence[Job]:
+        """Independent units of work, each with its own checkpoint; one for all classes by default."""
+        return [Job("all", run.classes)]
+
+    @abstractmethod
+    def start(self, run: Run, job: Job) -> State:
+        """What is learned, and from where it starts."""
+
+    def step(self, run: Run, state: State, iteration: int) -> Metrics:
+        """One outer step of the paper; updates ``state`` in place."""
+        raise TypeError(f"{type(self).__name__} has {self.steps} steps but no step()")
+
+    def finish(self, run: Run, state: State) -> SyntheticDataset:
+        """Freeze the state into a set. The engine adds the recipe's notes of its own."""
+        return SyntheticDataset(
+            images=state.images.subset(torch.arange(state.images.count)).cpu(),
+            labels=state.labels.subset(torch.arange(state.labels.count)).cpu(),
+            normalization=run.source.normalization,
+            classes=run.source.classes,
+            recipe=Recipe(method={}, seed=run.rng.seed, source={}),
+        )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """Published settings by name, with changes on top.
+
+        Raises:
+            UnknownName: no such preset, or no such setting.
+        """
+        if name not in cls.presets:
+            raise UnknownName(f"preset of {cls.__name__}", name, cls.presets)
+        check_names(cls, changes)
+        return cls(**{**cls.presets[name], **changes})
+
+
+def random_real(run: Run, method: Synthesizer) -> tuple[Pixels, HardLabels]:
+    """The usual start: ``ipc`` distinct random real images per class, class-major, with their hard labels.
+
+    A class with fewer images gives all of them ("cap"), or all of them over and over ("duplicate").
+    """
+    index = run.source.per_class_indices(run.classes, method.ipc, run.rng.at("init"))
+    blocks = torch.split(index, [min(method.ipc, run.source.counts[c]) for c in run.classes])
+    wanted = method.budget(run)
+    index = torch.cat([block.repeat(-(-n // len(block)))[:n] for block, n in zip(blocks, wanted, strict=True)])
+    return Pixels(run.source.gather(index)), HardLabels(run.source.targets[index], run.source.num_classes)

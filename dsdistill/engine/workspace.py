@@ -1,0 +1,191 @@
+"""The output folder of a run: who may write there, what is in it, and how it is committed.
+
+::
+
+    DIR/dataset.json ...            the finished set (written last)
+    DIR/run/run.json                the recipe of the run
+    DIR/run/metrics.jsonl           one line per step
+    DIR/run/lock                    held while a process works here
+    DIR/run/jobs/KEY/step_*         checkpoints, removed once the set is finished
+    DIR/run/jobs/KEY/part           a finished job's images, where a run has several jobs
+    DIR/run/last-good               what was saved when the loss stopped being finite
+"""
+
+import json
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import filelock
+import torch
+
+from dsdistill.core import storage
+from dsdistill.engine import checkpoint
+from dsdistill.engine.synthesizer import Job
+from dsdistill.errors import BadArtifact, OutputConflict, OutputLocked
+from dsdistill.synthetic import MANIFEST, Recipe, SyntheticDataset, read_manifest
+
+logger = logging.getLogger("dsdistill")
+_RUN = "run.json"
+
+
+class Workspace:
+    """Exclusive, resumable use of an output folder; a context manager.
+
+    Args:
+        folder: output folder.
+        recipe: of the run about to start; a folder that holds another one is refused.
+        overwrite: start afresh, removing an earlier run and its set (nothing else) from the folder.
+        keep: how many checkpoints of each job to keep.
+
+    Raises:
+        OutputConflict: not writable, or holds another run or foreign files.
+        OutputLocked: another live process works there.
+        BadArtifact: the record of the earlier run is damaged.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, *, overwrite: bool, keep: int) -> None:
+        self.folder, self.recipe, self.overwrite, self.keep = folder, recipe, overwrite, keep
+        self.run = folder / "run"
+        self._lock = filelock.FileLock(self.run / "lock")
+
+    def __enter__(self) -> "Workspace":
+        self._refuse_foreign()
+        storage.ensure_writable(self.folder)
+        storage.ensure_writable(self.run)
+        self._acquire()
+        try:
+            if self.overwrite:
+                self._clear()
+            self._compare()
+        except BaseException:
+            self._lock.release()
+            raise
+        for folder in (self.folder, self.run):
+            storage.sweep_temporaries(folder)
+        if not (self.run / _RUN).exists() and not self.finished:
+            storage.write_json(self.run / _RUN, storage.sealed(self.recipe.to_json()))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder holds a committed set."""
+        return (self.folder / MANIFEST).exists()
+
+    @property
+    def metrics(self) -> Path:
+        """The log of the run's steps."""
+        return self.run / "metrics.jsonl"
+
+    def job_folder(self, job: Job) -> Path:
+        """Where a job keeps its checkpoints."""
+        return self.run / "jobs" / quote(job.key, safe="")
+
+    def part(self, job: Job) -> SyntheticDataset | None:
+        """The images of a job that was finished earlier."""
+        folder = self.job_folder(job) / "part"
+        return SyntheticDataset.load(folder) if (folder / MANIFEST).exists() else None
+
+    def save_part(self, job: Job, part: SyntheticDataset) -> None:
+        """Keep a finished job's images until the whole run is finished."""
+        part.save(self.job_folder(job) / "part")
+
+    def commit(self, synthetic: SyntheticDataset) -> None:
+        """Write the finished set and remove what only served to get there."""
+        synthetic.save(self.folder)
+        shutil.rmtree(self.run / "jobs", ignore_errors=True)
+
+    def save_last_good(self, synthetic: SyntheticDataset) -> Path:
+        """Keep the last state before divergence, marked by its place and its notes."""
+        folder = self.run / "last-good"
+        shutil.rmtree(folder, ignore_errors=True)
+        return synthetic.save(folder)
+
+    def read_checkpoint(self, job: Job, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+        """The newest usable checkpoint of a job: finished iterations and captured state."""
+        return checkpoint.read_newest(self.job_folder(job), device)
+
+    def write_checkpoint(self, job: Job, iteration: int, tree: dict[str, Any]) -> None:
+        """Commit a checkpoint of a job."""
+        checkpoint.write(self.job_folder(job), iteration, tree, self.keep)
+
+    # -- opening -----------------------------------------------------------------------------------------------
+
+    def _refuse_foreign(self) -> None:
+        if not self.folder.is_dir() or self.run.exists() or (self.folder / MANIFEST).exists():
+            return
+        foreign = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".tmp-"))
+        if foreign:
+            raise OutputConflict(self.folder, f"holds files that no run wrote ({foreign[0]!r}); choose an empty folder")
+
+    def _acquire(self) -> None:
+        holder = self.run / "lock.json"
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            try:
+                owner = json.loads(holder.read_text())
+                who = f"process {owner['pid']} on {owner['host']}"
+            except (OSError, ValueError, KeyError):
+                who = "another process"
+            raise OutputLocked(self.folder, who) from None
+        storage.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+
+    def _clear(self) -> None:
+        if (self.folder / MANIFEST).exists():
+            (self.folder / MANIFEST).unlink()  # first, so that the rest is never mistaken for a whole set
+        for name in ("images.safetensors", "labels.safetensors", "README.md", "grid.png"):
+            (self.folder / name).unlink(missing_ok=True)
+        for path in (_RUN, "metrics.jsonl"):
+            (self.run / path).unlink(missing_ok=True)
+        for name in ("jobs", "last-good"):
+            shutil.rmtree(self.run / name, ignore_errors=True)
+
+    def _compare(self) -> None:
+        if self.finished:
+            previous = read_manifest(self.folder)["recipe"]
+        elif (self.run / _RUN).exists():
+            previous = storage.read_manifest(self.run / _RUN)
+        else:
+            return
+        try:
+            earlier = Recipe.from_json({key: value for key, value in previous.items() if key != "seal"})
+        except (KeyError, TypeError) as error:
+            raise BadArtifact(self.run / _RUN, f"is no record of a run ({error!r}); --overwrite starts afresh") from error
+        changes = differences(_identity(earlier), _identity(self.recipe))
+        if changes:
+            listing = "\n  ".join(changes)
+            raise OutputConflict(
+                self.folder,
+                f"holds another run. Differences (there -> asked for):\n  {listing}\n"
+                "Choose another output folder, or --overwrite to replace it",
+            )
+        for change in differences(earlier.versions, self.recipe.versions):
+            logger.warning("%s was begun under another version: %s; bits may differ", self.folder, change)
+        threads = (earlier.execution.get("threads"), self.recipe.execution.get("threads"))
+        if threads[0] != threads[1]:
+            logger.warning("%s was begun with %s threads, now %s; last bits may differ", self.folder, *threads)
+
+
+def differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:
+    """Field-by-field differences of plain containers, as "field: old -> new"."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted({*earlier, *now})
+            for line in differences(earlier.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    return [] if earlier == now else [f"{prefix}: {earlier!r} -> {now!r}"]
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    content = recipe.to_json()
+    execution = {key: value for key, value in content["execution"].items() if key != "threads"}
+    return {"method": content["method"], "seed": content["seed"], "source": content["source"], "execution": execution}

@@ -1,0 +1,83 @@
+"""Evaluation protocols as data: a named one is a row of a table, a custom one an instance.
+
+The published protocols of a family give numbers 10 to 20 points apart on the same images, so a score is only
+meaningful together with its protocol.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+from dsdistill.augmentations import Augmentation, Siamese
+from dsdistill.core.config import validate
+from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.networks import NetworkSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationProtocol:
+    """How a network is trained on a set before it is tested: SGD with momentum, cross-entropy, step schedule.
+
+    Raises:
+        InvalidSetting: a field has the wrong type or is out of range.
+    """
+
+    name: str = "custom"
+    """Shown beside every score."""
+    network: NetworkSpec = NetworkSpec()
+    """Network trained from scratch in each repeat."""
+    epochs: Annotated[int, Ge(1)] = 1000
+    """Passes over the set."""
+    batch_size: Annotated[int, Ge(1)] = 256
+    """Images per step; the last batch of an epoch may be smaller."""
+    lr: Annotated[float, Gt(0)] = 0.01
+    """Initial step size."""
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    """SGD momentum; kept when the step size drops."""
+    weight_decay: Annotated[float, Ge(0)] = 5e-4
+    """L2 penalty of SGD."""
+    milestones: tuple[float, ...] = (0.5,)
+    """Fractions of the epochs after which the step size is multiplied by gamma."""
+    gamma: Annotated[float, Gt(0), Le(1)] = 0.1
+    """Factor of the schedule."""
+    augmentation: Augmentation | None = None
+    """Views of the training images, drawn anew for each image; flips are left out where they change the class."""
+    selection: Literal["last"] = "last"
+    """Which network is tested: the one after the last epoch, never the best on test."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
+            raise InvalidSetting("EvaluationProtocol.milestones", self.milestones, "ascending fractions between 0 and 1")
+
+    def learning_rate(self, epoch: int) -> float:
+        """Step size during ``epoch`` (counted from 0)."""
+        passed = sum(epoch >= int(self.epochs * milestone) + 1 for milestone in self.milestones)
+        return float(self.lr * self.gamma**passed)
+
+
+PROTOCOLS: Mapping[str, EvaluationProtocol] = {
+    # Zhao et al., ICLR 2021, and their code: 300 epochs, step size x0.1 after epoch E/2 + 1, batch 256, no augmentation.
+    "dc": EvaluationProtocol(name="dc", epochs=300),
+    # Zhao & Bilen, ICML 2021 (DSA) and WACV 2023 (DM): the same with 1000 epochs under per-image DSA.
+    "dsa": EvaluationProtocol(name="dsa", epochs=1000, augmentation=Siamese()),
+    "dm": EvaluationProtocol(name="dm", epochs=1000, augmentation=Siamese()),
+}
+
+
+def list_protocols() -> list[str]:
+    """Names of the protocols."""
+    return sorted(PROTOCOLS)
+
+
+def get_protocol(name: str) -> EvaluationProtocol:
+    """A named protocol.
+
+    Raises:
+        UnknownName: with the nearest known name.
+    """
+    if name.lower() not in PROTOCOLS:
+        raise UnknownName("protocol", name, list_protocols())
+    return PROTOCOLS[name.lower()]

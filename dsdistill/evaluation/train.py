@@ -1,0 +1,96 @@
+"""Training and testing one network, with the data on the device and no wait for it inside the loop."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource
+from dsdistill.errors import DistillError
+from dsdistill.evaluation.protocol import EvaluationProtocol
+from dsdistill.networks import parameter_digest
+
+
+class TrainingSet(NamedTuple):
+    """``fetch(rows)`` gives standardised images (len(rows), C, H, W), float32; ``targets`` is (M,) or (M, K); on the device."""
+
+    fetch: Callable[[Tensor], Tensor]
+    targets: Tensor
+
+
+def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num_classes: int, rng: Rng) -> nn.Module:
+    """A network proven untrained: it equals, bit for bit, what its seed yields a second time, and another seed not.
+
+    Args:
+        rng: scoped to the repeat; the seed is its stream "network".
+
+    Raises:
+        DistillError: a factory handed out a trained, shared or pretrained network.
+    """
+    spec, device = protocol.network, rng.device
+
+    def build(stream: str) -> nn.Module:
+        return spec.build(shape, num_classes, generator=rng.at(stream, device="cpu"), device=device)
+
+    network = build("network")
+    digest = parameter_digest(network)
+    if parameter_digest(build("network")) != digest or parameter_digest(build("other network")) == digest:
+        raise DistillError(
+            f"network {spec.name!r} is not fresh: its initial parameters do not follow from the seed alone. "
+            "Its factory must build a new, randomly initialised module at each call"
+        )
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def train(
+    network: nn.Module, data: TrainingSet, protocol: EvaluationProtocol, rng: Rng, *, mirror_safe: bool
+) -> None:
+    """Train ``network`` in place.
+
+    Args:
+        data: images and targets, on the device.
+        rng: scoped to the repeat; uses the streams "order" and "views".
+        mirror_safe: whether a flip keeps the class.
+    """
+    fetch, targets = data
+    device = targets.device
+    augmentation = protocol.augmentation.suited(mirror_safe) if protocol.augmentation else None
+    order, views = rng.at("order", device="cpu"), rng.at("views", device="cpu")
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    network.train()
+    for epoch in range(protocol.epochs):
+        optimizer.param_groups[0]["lr"] = protocol.learning_rate(epoch)
+        shuffled = torch.randperm(len(targets), generator=order).to(device, non_blocking=True)
+        for rows in shuffled.split(protocol.batch_size):
+            batch = fetch(rows)
+            if augmentation is not None:
+                record = augmentation.sample(len(rows), _shape(batch), views, per="image", device=device)
+                batch = augmentation.apply(batch, record)
+            loss = cross_entropy(network(batch), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, test: ImageSource, *, chunk: int) -> float:
+    """Share of ``test`` images that ``network`` classifies rightly, in evaluation mode; one read of the device."""
+    network.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=test.device)
+    for images, targets in test.batches(chunk):
+        correct += (network(images).argmax(1) == targets).sum()
+    return int(correct) / len(test)
+
+
+def _shape(images: Tensor) -> tuple[int, int, int]:
+    channels, height, width = images.shape[1:]
+    return channels, height, width

@@ -1,0 +1,92 @@
+"""Formats of other programs: an image folder of PNG files, or one npz of arrays."""
+
+import io
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import quote
+
+from dsdistill.core import storage
+from dsdistill.errors import InvalidSetting, OutputConflict
+
+if TYPE_CHECKING:
+    from dsdistill.synthetic import SyntheticDataset
+
+FORMATS = ("folder", "npz")
+
+
+class Export(NamedTuple):
+    """What an export wrote and lost.
+
+    ``clipped``: share of pixel values outside [0, 1] that were cut off; ``rounding``: largest change of a
+    value inside the range by 8-bit rounding, in units of [0, 1]; both 0 for lossless formats.
+    """
+
+    path: Path
+    images: int
+    clipped: float
+    rounding: float
+
+
+def export(synthetic: "SyntheticDataset", path: Path, format: str) -> Export:
+    """Write ``synthetic`` at ``path``; see `SyntheticDataset.export`."""
+    if format not in FORMATS:
+        raise InvalidSetting("format", format, f"one of {', '.join(FORMATS)}")
+    if path.exists():
+        raise OutputConflict(path, "exists already; choose another path")
+    storage.ensure_writable(path.parent)
+    return _export_folder(synthetic, path) if format == "folder" else _export_npz(synthetic, path)
+
+
+def class_folder(name: str) -> str:
+    """A class name as a folder name: characters that a file system may refuse are percent-quoted."""
+    quoted = quote(name, safe=" !#$&'()+,-;=@[]^_`{}~").strip(" .")
+    return quoted if quoted else "%" + name.encode("utf-8", "surrogateescape").hex()
+
+
+def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
+    from dsdistill.synthetic import encode_png
+
+    images, _ = synthetic.tensors()
+    unit = synthetic.normalization.to_unit(images)
+    pixels = synthetic.normalization.to_uint8(images)
+    inside = unit.clamp(0, 1)
+    names = [class_folder(name) for name in synthetic.classes]
+    if len({name.lower() for name in names}) < len(names):  # names that fall together on some file systems
+        names = [f"{index:05d} {name}" for index, name in enumerate(names)]
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+    try:
+        for name in names:
+            (temporary / name).mkdir()
+        for index, (image, target) in enumerate(zip(pixels, synthetic.targets, strict=True)):
+            storage.write_bytes(temporary / names[target] / f"{index:06d}.png", encode_png(image))
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    storage.fsync_folder(path.parent)
+    return Export(
+        path,
+        len(images),
+        clipped=float((unit != inside).float().mean()),
+        rounding=float((pixels.float() / 255 - inside).abs().max()),
+    )
+
+
+def _export_npz(synthetic: "SyntheticDataset", path: Path) -> Export:
+    import numpy as np
+
+    images, targets = synthetic.tensors()
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        images=images.numpy(),
+        targets=targets.numpy(),
+        mean=np.array(synthetic.normalization.mean, dtype=np.float64),
+        std=np.array(synthetic.normalization.std, dtype=np.float64),
+        classes=np.array(synthetic.classes),
+    )
+    storage.write_bytes(path, buffer.getvalue())
+    return Export(path, len(images), 0.0, 0.0)

@@ -1,0 +1,20 @@
+"""Random real images: the baseline that no distilled set may fall below.
+
+Draws ``ipc`` distinct images of each class uniformly. Every table needs this row.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dsdistill.engine import Job, Run, State, Synthesizer
+from dsdistill.engine.synthesizer import random_real
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomReal(Synthesizer):
+    """Uniform selection without replacement, class by class; nothing is learned."""
+
+    paper: ClassVar[str] = "the baseline of every paper on dataset distillation"
+
+    def start(self, run: Run, job: Job) -> State:
+        return State(*random_real(run, self))

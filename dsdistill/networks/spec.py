@@ -1,0 +1,194 @@
+"""Naming, building and refreshing networks."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+from weakref import WeakSet
+
+import torch
+from annotated_types import Ge
+from torch import nn
+
+from dsdistill.core.config import validate
+from dsdistill.core.device import resolve_device
+from dsdistill.core.rng import isolated_global_rng, seed_global
+from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.networks.base import Network, check_sizes
+from dsdistill.networks.convnet import ConvNet, default_depth
+from dsdistill.networks.initialize import reinitialize_
+from dsdistill.networks.mlp import MLP
+from dsdistill.networks.resnet import ResNet18
+
+Factory = Callable[[tuple[int, int, int], int], nn.Module]
+
+BUILTIN: dict[str, type[Network]] = {"convnet": ConvNet, "mlp": MLP, "resnet18": ResNet18}
+_registered: dict[str, Factory] = {}
+_seen: "WeakSet[nn.Module]" = WeakSet()  # what factories returned so far
+
+
+def register_network(name: str, factory: Factory) -> None:
+    """Make ``factory(shape, num_classes) -> nn.Module`` available as ``NetworkSpec(name)`` in this process.
+
+    The factory is called once per fresh network and may draw from the global generators, which are seeded for it.
+
+    Raises:
+        InvalidSetting: the name is taken by another factory, or is empty or holds a colon.
+    """
+    if not name or ":" in name:
+        raise InvalidSetting("name", name, "choose a non-empty name without a colon")
+    if name in BUILTIN or _registered.get(name, factory) is not factory:
+        raise InvalidSetting("name", name, "a network of this name is registered already; choose another name")
+    _registered[name] = factory
+
+
+def list_networks() -> list[str]:
+    """Sorted names of the networks of this package and of those registered."""
+    return sorted([*BUILTIN, *_registered])
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Which network to build; None leaves a setting at the network's own default.
+
+    Raises:
+        InvalidSetting: a value is out of range, or the network does not have that setting.
+        UnknownName: the name is neither built in, registered nor a "package.module:function".
+    """
+
+    name: str = "convnet"
+    """"convnet", "resnet18", "mlp", a registered name, or "package.module:function" of (shape, num_classes)."""
+    width: Annotated[int, Ge(1)] | None = None
+    """Channels of every conv (units of every hidden layer of "mlp"); None: 128."""
+    depth: Annotated[int, Ge(1)] | None = None
+    """Blocks; None: 3 for images up to 32 pixels, 4 up to 64, 5 above."""
+    norm: Literal["none", "batch", "layer", "instance", "group"] | None = None
+    """Normalisation layers; None: "instance"."""
+    activation: Literal["sigmoid", "relu", "leaky_relu", "swish"] | None = None
+    """Activation after each norm; None: "relu"."""
+    pooling: Literal["none", "max", "avg"] | None = None
+    """Pooling at the end of each block; None: "avg"."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+        if ":" not in self.name and self.name not in list_networks():
+            hint = "Others: register_network, or 'package.module:function'."
+            raise UnknownName("network", self.name, list_networks(), hint)
+        allowed = BUILTIN[self.name].options if self.name in BUILTIN else ()
+        for option, value in self._options().items():
+            if option not in allowed:
+                owners = [name for name, network in BUILTIN.items() if option in network.options]
+                raise InvalidSetting(
+                    f"NetworkSpec.{option}",
+                    value,
+                    f"the network {self.name!r} has no such setting; only {', '.join(owners)} have it",
+                )
+
+    def _options(self) -> dict[str, Any]:
+        names = ("width", "depth", "norm", "activation", "pooling")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def build(
+        self, shape: tuple[int, int, int], num_classes: int, *, generator: torch.Generator, device: torch.device | str
+    ) -> nn.Module:
+        """A new network in training mode, determined by the state of ``generator`` alone.
+
+        Args:
+            shape: ``(C, H, W)`` of one image.
+            num_classes: number of logits.
+            generator: source of the parameters, on any device.
+            device: where the network lives.
+
+        Raises:
+            InvalidSetting: the network does not fit the images, or a factory returned something unsuitable.
+            DeviceUnavailable: the device is not there.
+        """
+        check_sizes(shape, num_classes)
+        target = resolve_device(device)
+        if self.name not in BUILTIN:
+            return self._call_factory(shape, num_classes, generator, target)
+        options = self._options()
+        if self.name == "convnet":
+            options.setdefault("depth", default_depth(shape))
+        # Built without storage: nothing is drawn from the global generators, and nothing is initialised twice.
+        with torch.device("meta"):
+            network = BUILTIN[self.name](shape, num_classes, **options)
+        network.to_empty(device=target)
+        reinitialize_(network, generator)
+        return network
+
+    def refresh(
+        self,
+        network: nn.Module,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        *,
+        generator: torch.Generator,
+        device: torch.device | str,
+    ) -> nn.Module:
+        """The network `build` would return, bit for bit, made from one that `build` returned earlier.
+
+        A built-in network is refilled in place and returned; a factory is called again. Either way the result is
+        in training mode and its parameters want gradients as in a new network. Arguments and errors as in `build`.
+        """
+        if self.name not in BUILTIN:
+            return self._call_factory(shape, num_classes, generator, resolve_device(device))
+        reinitialize_(network, generator)
+        network.zero_grad(set_to_none=True)
+        return network.train().requires_grad_(True)
+
+    def _call_factory(
+        self, shape: tuple[int, int, int], num_classes: int, generator: torch.Generator, device: torch.device
+    ) -> nn.Module:
+        factory = _registered[self.name] if self.name in _registered else _imported(self.name)
+        seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+        with isolated_global_rng(device):
+            seed_global(seed, device)
+            network = factory(shape, num_classes)
+            if not isinstance(network, nn.Module):
+                raise _unsuitable(self.name, f"it must return a torch.nn.Module, not {type(network).__name__}")
+            if network in _seen:
+                raise _unsuitable(self.name, "it must return a new network at each call, not the same object again")
+            _seen.add(network)
+            network.to(device)
+            _check_output(self.name, network, shape, num_classes, device)
+        return network
+
+
+def _unsuitable(name: str, problem: str) -> InvalidSetting:
+    return InvalidSetting("network factory", name, problem)
+
+
+def _imported(name: str) -> Factory:
+    module, _, attribute = name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidSetting(
+            "NetworkSpec.name", name, f"it cannot be imported ({error}); give 'package.module:function'"
+        ) from error
+    if not callable(factory):
+        raise InvalidSetting("NetworkSpec.name", name, "it is not callable; name a function of (shape, num_classes)")
+    made: Factory = factory
+    return made
+
+
+@torch.no_grad()
+def _check_output(
+    name: str, network: nn.Module, shape: tuple[int, int, int], num_classes: int, device: torch.device
+) -> None:
+    """Run two blank images through a factory's network; evaluation mode, so that no statistics move."""
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        output = network(torch.zeros(2, *shape, device=device))
+    except Exception as error:
+        raise _unsuitable(name, f"its network fails on images of shape {(2, *shape)}: {error}") from error
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    if not isinstance(output, torch.Tensor) or output.shape != (2, num_classes):
+        actual = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise _unsuitable(
+            name, f"for images of shape {(2, *shape)} it must return logits {(2, num_classes)}, not {actual}"
+        )
