@@ -120,20 +120,30 @@ class Diverged(DistillError, ArithmeticError):
     """The loss or a state tensor stopped being finite.
 
     Attributes: ``method``, ``job``, ``iteration`` (the first bad one), ``metrics`` (of the last good
-    one), ``saved`` (folder of the last good set, or None when the run has no output folder).
+    one), ``last_good`` (the synthetic set of the state before it, where there is one), ``saved`` (its folder, or
+    None when the run has no output folder).
     """
 
     exit_code = 4
 
     def __init__(
-        self, method: str, job: str, iteration: int, culprit: str, metrics: Mapping[str, float], saved: Path | None
+        self,
+        method: str,
+        job: str,
+        iteration: int,
+        culprit: str,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        last_good: object = None,
+        saved: Path | None = None,
     ) -> None:
         self.method, self.job, self.iteration = method, job, iteration
-        self.metrics, self.saved = dict(metrics), saved
+        self.metrics, self.last_good, self.saved = dict(metrics or {}), last_good, saved
+        good = f" Last good metrics: {self.metrics}." if self.metrics else ""
         kept = f" The last good state is saved in {saved}." if saved else ""
         super().__init__(
-            f"{method}, job {job!r}, iteration {iteration}: {culprit} is not finite; "
-            f"last good metrics: {dict(metrics) or 'none'}.{kept} Lower the learning rate of the images."
+            f"{method}, job {job!r}, iteration {iteration}: {culprit} is not finite.{good}{kept} "
+            "Lower the learning rate."
         )
 
 

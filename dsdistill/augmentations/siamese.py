@@ -157,5 +157,7 @@ def _groups(images: Tensor, views: Views, owner: Sequence[int] | Tensor | None) 
         what = "views" if owner is None else "owner"
         raise ShapeMismatch(what, tuple(groups.shape), f"({len(images)},), one group per image")
     if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(views):
-        raise ShapeMismatch("views", (len(views),), f"a record for each owner up to {int(groups.max())}")
+        raise ShapeMismatch(
+            "views", (len(views),), f"(G,), a record for each owner in {int(groups.min())} .. {int(groups.max())}"
+        )
     return groups

@@ -74,7 +74,7 @@ def _plane(values: Tensor) -> Tensor:
 def _warp(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
     shape = (len(images), *images.shape[2:])
     grid = torch.stack([across.expand(shape), down.expand(shape)], 3)
-    warped: Tensor = _Warp.apply(images, grid)  # type: ignore[no-untyped-call]
+    warped: Tensor = _Warp.apply(images, grid)
     return warped
 
 

@@ -16,7 +16,7 @@ from dsdistill.data.decode import checked_size, shown
 from dsdistill.data.folder import load_folder
 from dsdistill.data.normalize import Normalization
 from dsdistill.data.source import ImageSource
-from dsdistill.errors import BadData, InvalidSetting, MissingExtra, UnknownName
+from dsdistill.errors import BadData, InvalidSetting, UnknownName
 
 _DIGITS = tuple("0123456789")
 _MNIST_FILES = tuple(
@@ -121,7 +121,6 @@ def load(
         BadData: files are missing or damaged.
         InvalidSetting: an argument out of range, or image_size for data of another fixed size.
         DeviceUnavailable: the device is not there.
-        MissingExtra: the package that reads the data set is not installed.
     """
     place, size = resolve_device(device), checked_size(image_size)
     if not 0 < holdout < 1:
@@ -192,7 +191,7 @@ def _folder(data: Any) -> Path:
 
 def _digits(request: LoadRequest) -> ImageSource:
     """The 1797 grey 8 x 8 digits that come with scikit-learn: values 0..16 scaled to 0..255."""
-    bunch: Any = _module("sklearn.datasets", "scikit-learn", "the data set 'digits'").load_digits()
+    bunch: Any = importlib.import_module("sklearn.datasets").load_digits()  # here: importing it takes a second
     pixels = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))[:, None]
     everything = ImageSource("digits", _DIGITS, pixels, torch.from_numpy(bunch.target.astype(np.int64)))
     fit, held = everything.split(request.holdout, torch.Generator().manual_seed(request.holdout_seed))
@@ -236,7 +235,7 @@ def _published(name: str, request: LoadRequest) -> ImageSource:
 def _read_published(name: str, root: Path, train: bool, download: bool) -> ImageSource:
     """One split as torchvision reads it, uint8 (N, C, H, W)."""
     known = _PUBLISHED[name]
-    reader: Any = getattr(_module("torchvision.datasets", "torchvision", f"the data set {name!r}"), known.reader)
+    reader: Any = getattr(importlib.import_module("torchvision.datasets"), known.reader)
     if hasattr(reader, "_check_legacy_exist"):
         # Else torchvision prefers pickled tensors of an old version, unverified, to the raw files.
         reader = type(reader.__name__, (reader,), {"_check_legacy_exist": lambda _: False})
@@ -245,10 +244,6 @@ def _read_published(name: str, root: Path, train: bool, download: bool) -> Image
         dataset = reader(root, download=download, **split)
         images = torch.as_tensor(dataset.data)
         targets = torch.as_tensor(dataset.labels if name == "svhn" else dataset.targets)
-    except MissingExtra:
-        raise
-    except ImportError as error:
-        raise MissingExtra(str(error.name), "data", f"the data set {name!r}") from None
     except Exception as error:
         action = "could not be fetched or read" if download else "are damaged or incomplete"
         mend = "check the network" if download else "delete them and load again with download=True"
@@ -259,14 +254,6 @@ def _read_published(name: str, root: Path, train: bool, download: bool) -> Image
         images = images.permute(0, 3, 1, 2)
     title = name if train else f"{name} (test)"
     return ImageSource(title, known.classes or dataset.classes, images, targets, normalization=known.normalization)
-
-
-def _module(module: str, package: str, purpose: str) -> Any:
-    """Import a package that only some data sets need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise MissingExtra(package, "data", purpose) from None
 
 
 _LOADERS: dict[str, Loader] = {"digits": _digits, **{name: partial(_published, name) for name in _PUBLISHED}}

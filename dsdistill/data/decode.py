@@ -79,7 +79,7 @@ def read_file(path: Path, size: tuple[int, int] | None = None) -> Pixels:
         raise BadData(f"{where}: cannot be read ({error.strerror}); check the file and its permissions") from None
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - a broken file makes decoders raise nearly anything
+    except Exception as error:  # a broken file makes decoders raise nearly anything
         raise BadData(f"{where}: not a readable image ({error}); replace or remove the file") from None
     if size is not None and pixels.shape[:2] != size:
         pixels = np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC))

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -216,13 +216,20 @@ class _Watch:
             self._diverged(last, "the updated state")
         self._good = (last + 1, checkpoint.capture(self._state), last_values)
 
-    def _diverged(self, iteration: int, culprit: str) -> None:
+    def _diverged(self, iteration: int, culprit: str) -> NoReturn:
         done, tree, metrics = self._good
-        execution, saved = self._execution, None
-        if execution.workspace:
-            checkpoint.restore(self._state, tree)
-            note = f"NOT FINISHED: diverged at iteration {iteration}; this is the state after {done} iterations"
-            recipe = replace(execution.recipe, notes=(note,))
-            last_good = replace(execution.method.finish(self._run, self._state), recipe=recipe)
-            saved = execution.workspace.save_last_good(last_good)
-        raise Diverged(type(execution.method).__name__, self._job.key, iteration, culprit, metrics, saved)
+        execution = self._execution
+        checkpoint.restore(self._state, tree)
+        note = f"NOT FINISHED: diverged at iteration {iteration}; this is the state after {done} iterations"
+        recipe = replace(execution.recipe, notes=(note,))
+        last_good = replace(execution.method.finish(self._run, self._state), recipe=recipe)
+        saved = execution.workspace.save_last_good(last_good) if execution.workspace else None
+        raise Diverged(
+            type(execution.method).__name__,
+            self._job.key,
+            iteration,
+            culprit,
+            metrics=metrics,
+            last_good=last_good,
+            saved=saved,
+        )

@@ -202,7 +202,7 @@ class _Scorer:
         seed_global(rng.integer("global"), self.device)
         train(network, data, protocol, rng, mirror_safe=self.real.mirror_safe)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
-            raise Diverged(f"training of {protocol.network.name}", f"repeat {repeat}", epochs, "a parameter", {}, None)
+            raise Diverged(f"training of {protocol.network.name}", f"repeat {repeat}", epochs, "a parameter")
         return accuracy(network, self.test, chunk=1000 if self.device.type != "cpu" else 64)
 
 

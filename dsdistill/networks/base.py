@@ -39,7 +39,9 @@ class AveragePool(nn.Module):
         """Means of the windows; an odd last row or column is left out."""
         # On the CPU the library's average pooling of contiguous float32 runs on one value at a time; the same mean
         # as a depthwise convolution is vectorised and saves about 20 % of a whole ConvNet forward pass.
-        if images.device.type == "cpu" and images.dtype == torch.float32 and images.is_contiguous():
+        # Autocast would round it, and channels-last memory has no need of it.
+        plain = images.device.type == "cpu" and images.dtype == torch.float32 and images.is_contiguous()
+        if plain and not torch.is_autocast_enabled("cpu"):
             channels = images.shape[1]
             return F.conv2d(images, images.new_full((channels, 1, 2, 2), 0.25), stride=2, groups=channels)
         return F.avg_pool2d(images, 2)

@@ -203,7 +203,7 @@ def test_only_the_listed_formats_are_decoded(tmp_path):
 def test_a_truncated_jpeg_is_refused(tmp_path):
     path = stored(tmp_path / "a.jpg", Image.effect_noise((64, 64), 80))
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(BadData, match="a.jpg: not a readable image .*truncated"):
+    with pytest.raises(BadData, match=r"a.jpg: not a readable image .*truncated"):
         read_file(path)
 
 
@@ -237,10 +237,10 @@ def test_missing_and_unreadable_files(tmp_path, monkeypatch):
 
 def test_pixels_without_an_agreed_range_are_refused(tmp_path):
     floats = stored(tmp_path / "f.tif", Image.fromarray(np.ones((1, 1), np.float32)))
-    with pytest.raises(BadData, match="f.tif: .*float pixels have no agreed range"):
+    with pytest.raises(BadData, match=r"f.tif: .*float pixels have no agreed range"):
         read_file(floats)
     wide = stored(tmp_path / "i.tif", Image.fromarray(np.full((1, 1), 70000, np.int32)))
-    with pytest.raises(BadData, match="i.tif: .*beyond 16 bits"):
+    with pytest.raises(BadData, match=r"i.tif: .*beyond 16 bits"):
         read_file(wide)
 
 
@@ -249,7 +249,7 @@ def test_image_size():
     assert checked_size(32) == (32, 32)
     assert checked_size((8, 16)) == checked_size([8, 16]) == (8, 16)
     for value in (0, -1, True, 2.5, (8,), (8, 0), "32", (8, 8, 8), (8, True)):
-        with pytest.raises(InvalidSetting, match="image_size = .* one int"):
+        with pytest.raises(InvalidSetting, match=r"image_size = .* one int"):
             checked_size(value)
 
 

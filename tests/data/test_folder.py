@@ -99,7 +99,7 @@ def test_names_with_spaces_emoji_and_broken_utf8(tmp_path):
     names = ["a cat", "\N{DOG FACE}", os.fsdecode(b"z\xff")]
     root = fill(tmp_path, {f"{split}/{name}": [1] for split in ("train", "test") for name in names})
     source = load_folder(root)
-    assert source.classes == tuple(names)
+    assert source.classes == tuple(sorted(names))
     assert len(source.fingerprint) == 64
     assert source.test.classes == source.classes
     fill(root, {"train/" + os.fsdecode(b"y\xff"): []})
@@ -174,13 +174,13 @@ def test_mixed_sizes_name_the_mend_and_a_corrupt_file_is_named(tmp_path):
         load_folder(root)
     assert load_folder(root, image_size=4).shape == (1, 4, 4)
     (root / "train/b/001.jpg").write_bytes(b"text")
-    with pytest.raises(BadData, match="001.jpg: not a readable image"):
+    with pytest.raises(BadData, match=r"001.jpg: not a readable image"):
         load_folder(root, image_size=4)
 
 
 def test_settings_are_checked_first(tmp_path):
     for holdout in (0.0, 1.0, float("nan")):
-        with pytest.raises(InvalidSetting, match="holdout = .* above 0 and below 1"):
+        with pytest.raises(InvalidSetting, match=r"holdout = .* above 0 and below 1"):
             load_folder(tmp_path, holdout=holdout)
     with pytest.raises(InvalidSetting, match="image_size = 0"):
         load_folder(tmp_path, image_size=0)

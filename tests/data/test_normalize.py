@@ -9,7 +9,7 @@ from dsdistill.data import Normalization
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
 
 CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def every_value() -> torch.Tensor:
@@ -116,9 +116,9 @@ def test_unsuitable_images_are_refused():
         CIFAR.standardize(torch.zeros(4, 1, 8, 8))
     with pytest.raises(BadData, match=r"dtype torch.int64; give uint8 \(0..255\) or float"):
         CIFAR.standardize(torch.zeros(3, 8, 8, dtype=torch.int64))
-    with pytest.raises(BadData, match="dtype torch.uint8; give a floating point"):
+    with pytest.raises(BadData, match=r"dtype torch.uint8; give a floating point"):
         CIFAR.to_unit(torch.zeros(3, 8, 8, dtype=torch.uint8))
-    with pytest.raises(BadData, match="dtype torch.float32; give uint8"):
+    with pytest.raises(BadData, match=r"dtype torch.float32; give uint8"):
         Normalization.measure(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ShapeMismatch, match="at least one pixel"):
         Normalization.measure(torch.zeros(0, 3, 8, 8, dtype=torch.uint8))

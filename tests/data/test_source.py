@@ -144,7 +144,7 @@ def test_plans_are_bounded():
 
 @pytest.mark.parametrize("classes", [[], [3], [-1], [0, 0]])
 def test_unsuitable_classes_are_refused(classes):
-    with pytest.raises(InvalidSetting, match="classes = .* at least one class of numbered, 0 to 2, each once"):
+    with pytest.raises(InvalidSetting, match=r"classes = .* at least one class of numbered, 0 to 2, each once"):
         numbered().per_class(classes, 1, generator())
 
 
@@ -166,7 +166,7 @@ class ElsewhereGenerator:
 
 def test_a_generator_of_another_device_is_refused():
     source = numbered()
-    with pytest.raises(InvalidSetting, match="generator = 'cuda:0' .* source's device, cpu"):
+    with pytest.raises(InvalidSetting, match=r"generator = 'cuda:0' .* source's device, cpu"):
         source.per_class([0], 1, ElsewhereGenerator())
     with pytest.raises(InvalidSetting, match="generator = 'cuda:0'"):
         source.batches(1, ElsewhereGenerator())
@@ -209,7 +209,7 @@ def test_split_is_stratified_and_complete():
 
 
 def test_split_refuses_what_it_cannot_do():
-    with pytest.raises(BadData, match="numbered: one image cannot be split .* 'class 1'"):
+    with pytest.raises(BadData, match=r"numbered: one image cannot be split .* 'class 1'"):
         numbered((3, 1)).split(0.5, generator())
     for fraction in (0, 1, -0.1, float("nan")):
         with pytest.raises(InvalidSetting, match="above 0 and below 1"):
@@ -238,7 +238,7 @@ def test_to_the_same_device_is_itself():
     assert source.to("cpu") is source
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_fingerprint_and_split_do_not_depend_on_the_device():
     on_gpu = ImageSource("s", numbered().classes, numbered().images.cuda(), numbered().targets)
     assert numbered().to("cuda").device.type == "cuda"
@@ -323,7 +323,7 @@ def test_train_only_has_no_way_to_the_test_split():
     closed = source.train_only()
     expected = "the test split is closed during synthesis; only dsdistill.evaluate opens it"
     derived = [closed, closed.subset(range(16)), *closed.split(0.2, generator()), closed.normalized_by(IDENTITY),
-               closed.with_mirror_safe(False), pickle.loads(pickle.dumps(closed))]  # fmt: skip
+               closed.with_mirror_safe(False), pickle.loads(pickle.dumps(closed))]  # noqa: S301  # fmt: skip
     for blind in derived:
         assert not blind.has_test
         with pytest.raises(BadData) as caught:
@@ -345,7 +345,10 @@ def test_without_a_test_split_the_error_says_how_to_get_one():
     ("changes", "message"),
     [
         ({"classes": ["class 0", "class 1", "x"]}, "lacks 'class 2' and has 'x', which the train split lacks"),
-        ({"classes": ["class 1", "class 0", "class 2"]}, "has 'class 1' as class 0 where the train split has 'class 0'"),
+        (
+            {"classes": ["class 1", "class 0", "class 2"]},
+            "has 'class 1' as class 0 where the train split has 'class 0'",
+        ),
         ({"images": torch.zeros(3, 1, 4, 4, dtype=torch.uint8)}, r"\(1, 4, 4\), expected \(1, 2, 3\) as in the train"),
     ],
 )

@@ -1,0 +1,31 @@
+"""Shared fixtures: small sources, a quick method."""
+
+import pytest
+import torch
+
+from dsdistill.data import ImageSource
+from dsdistill.methods import DM
+from dsdistill.networks import NetworkSpec
+
+torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
+
+
+def make_images(per_class: int, classes: int, shape: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(classes).repeat_interleave(per_class)
+    noise = torch.randint(0, 128, (len(targets), *shape), generator=generator)
+    return (noise + 100 * targets[:, None, None, None] // max(1, classes - 1)).to(torch.uint8), targets
+
+
+@pytest.fixture
+def source() -> ImageSource:
+    """3 classes, 12 + 5 images 3x8x8 each, separable by brightness."""
+    names = ["red", "green", "blue"]
+    test = ImageSource("toy", names, *make_images(5, 3, (3, 8, 8), seed=1))
+    return ImageSource("toy", names, *make_images(12, 3, (3, 8, 8), seed=0), open_test=lambda: test)
+
+
+@pytest.fixture
+def method() -> DM:
+    """DM that takes a few milliseconds per step."""
+    return DM(ipc=2, iterations=8, real_batch=4, network=NetworkSpec(width=8))

@@ -1,0 +1,356 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from toys import Wander
+
+from dsdistill import SyntheticDataset, synthesize
+from dsdistill.errors import (
+    BadArtifact,
+    BadData,
+    DeviceUnavailable,
+    Diverged,
+    InvalidSetting,
+    OutputConflict,
+    OutputLocked,
+    Stopped,
+)
+from dsdistill.methods import DM, RandomReal
+from dsdistill.testing import check_synthesizer
+
+FILES = ("images.safetensors", "labels.safetensors", "dataset.json", "README.md", "grid.png")
+TOYS = Path(__file__).parents[1] / "toys.py"
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def interrupt_after(iteration):
+    def callback(event):
+        if event.iteration == iteration:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+@pytest.mark.parametrize("method", [Wander(ipc=2), Wander(ipc=1, one_job=True)], ids=repr)
+def test_contract(method, source):
+    check_synthesizer(method, source)
+
+
+def test_a_set_in_memory_equals_the_one_on_disk(source, tmp_path):
+    made = synthesize(Wander(), source)
+    saved = synthesize(Wander(), source, out=tmp_path / "a")
+    loaded = SyntheticDataset.load(tmp_path / "a")
+    for other in (saved, loaded):
+        assert torch.equal(made.tensors()[0], other.tensors()[0])
+    assert made.targets == loaded.targets == [0] * 10 + [1] * 10 + [2] * 10
+    assert loaded.recipe == saved.recipe
+    assert loaded.recipe.method["type"] == "Wander"
+
+
+def test_the_same_command_on_a_finished_run_changes_nothing(source, method, tmp_path):
+    synthesize(method, source, out=tmp_path)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in FILES}
+    again = synthesize(method, source, out=tmp_path)
+    assert before == {name: (tmp_path / name).stat().st_mtime_ns for name in FILES}
+    assert again.ipc == 2
+    assert not (tmp_path / "run" / "jobs").exists()
+
+
+@pytest.mark.parametrize("stops", [[0], [3], [7], [2, 2, 5], [1, 4, 6]])
+def test_a_resumed_run_ends_in_the_same_bytes(stops, source, method, tmp_path):
+    whole = synthesize(method, source, out=tmp_path / "whole")
+    for stop in stops:
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(method, source, out=tmp_path / "cut", checkpoint_every=2, callback=interrupt_after(stop))
+        torch.rand(11)
+    resumed = synthesize(method, source, out=tmp_path / "cut", checkpoint_every=2)
+    assert torch.equal(whole.tensors()[0], resumed.tensors()[0])
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+def test_the_log_has_each_step_once_after_a_resume(source, method, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(method, source, out=tmp_path, checkpoint_every=3, callback=interrupt_after(4))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"job": "all", "itera')  # as a kill leaves it
+    synthesize(method, source, out=tmp_path, checkpoint_every=3)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(8))
+    assert all(math.isfinite(line["loss"]) and line["job"] == "all" for line in lines)
+
+
+def test_only_the_last_checkpoints_are_kept(source, method, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(method, source, out=tmp_path, checkpoint_every=1, keep=2, callback=interrupt_after(6))
+    assert [path.name for path in sorted((tmp_path / "run/jobs/all").iterdir())] == ["step_000000005", "step_000000006"]
+
+
+def interrupted(source, method, folder):
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(method, source, out=folder, checkpoint_every=2, callback=interrupt_after(6))
+    return sorted((folder / "run/jobs/all").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "no manifest", "foreign manifest"])
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(damage, source, method, tmp_path, caplog):
+    whole = synthesize(method, source)
+    _, newest = interrupted(source, method, tmp_path)
+    spoil(newest, damage)
+    resumed = synthesize(method, source, out=tmp_path)
+    assert torch.equal(whole.tensors()[0], resumed.tensors()[0])
+    assert "checkpoint step_000000006 is discarded" in caplog.text
+
+
+def spoil(step, damage):
+    tensors, meta = step / "state.safetensors", step / "state.json"
+    data = bytearray(tensors.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 64
+        tensors.write_bytes(data)
+    elif damage == "truncate":
+        tensors.write_bytes(data[: len(data) // 2])
+    elif damage == "empty":
+        tensors.write_bytes(b"")
+    elif damage == "no manifest":
+        meta.unlink()
+    else:
+        meta.write_text(json.dumps({"schema_version": 1, "iteration": 99, "state": {"value": None}}))
+
+
+def test_no_usable_checkpoint_is_an_error_that_names_the_mend(source, method, tmp_path):
+    for step in interrupted(source, method, tmp_path):
+        spoil(step, "truncate")
+    with pytest.raises(BadArtifact, match="no checkpoint is usable.*--overwrite"):
+        synthesize(method, source, out=tmp_path)
+    assert synthesize(method, source, out=tmp_path, overwrite=True).ipc == 2
+
+
+def test_a_half_written_checkpoint_is_ignored(source, method, tmp_path):
+    whole = synthesize(method, source)
+    *_, newest = interrupted(source, method, tmp_path)
+    newest.rename(newest.with_name(newest.name + ".tmp"))
+    (newest.with_name(newest.name + ".tmp") / "state.json").unlink()
+    assert torch.equal(whole.tensors()[0], synthesize(method, source, out=tmp_path).tensors()[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda method, source: (replace(method, ipc=1), source, 0), r"method\.ipc: 2 -> 1"),
+        (lambda method, source: (RandomReal(), source, 0), r"method\.type: 'DM' -> 'RandomReal'"),
+        (lambda method, source: (method, source, 1), r"seed: 0 -> 1"),
+        (lambda method, source: (method, source.subset(range(1, 36)), 0), r"source\.fingerprint"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_with_another_run_is_refused_field_by_field(change, difference, finished, source, method, tmp_path):
+    if finished:
+        synthesize(method, source, out=tmp_path)
+    else:
+        interrupted(source, method, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    other, data, seed = change(method, source)
+    with pytest.raises(OutputConflict, match=difference):
+        synthesize(other, data, seed=seed, out=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    synthesize(other, data, seed=seed, out=tmp_path, overwrite=True)
+    assert SyntheticDataset.load(tmp_path).recipe.seed == seed
+
+
+def test_overwrite_touches_only_what_a_run_wrote(source, method, tmp_path):
+    synthesize(method, source, out=tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    synthesize(method, source, seed=1, out=tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_foreign_files_are_never_mixed_with_a_run(source, method, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(OutputConflict, match=r"'thesis\.tex'"):
+        synthesize(method, source, out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_unwritable_outputs_are_refused_before_any_work(source, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputConflict):
+            synthesize(Wander(bad_at=0), source, out=out)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_refused(source, method, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputConflict, match="cannot be written"):
+        synthesize(method, source, out=tmp_path)
+
+
+def test_a_folder_in_use_names_its_holder(source, method, tmp_path):
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(event):
+        entered.set()
+        leave.wait(30)
+
+    worker = threading.Thread(target=lambda: synthesize(method, source, out=tmp_path, callback=hold))
+    worker.start()
+    assert entered.wait(30)
+    try:
+        with pytest.raises(OutputLocked, match=f"in use by process {os.getpid()} on "):
+            synthesize(method, source, out=tmp_path)
+    finally:
+        leave.set()
+        worker.join()
+
+
+def test_a_nan_loss_stops_the_run_and_keeps_the_last_good_state(source, tmp_path):
+    calm = synthesize(Wander(iterations=3, one_job=True), source)
+    with pytest.raises(Diverged, match=r"Wander, job 'all', iteration 3: loss is not finite.*'loss': 2\.0") as caught:
+        synthesize(Wander(bad_at=3, one_job=True), source, out=tmp_path)
+    assert caught.value.iteration == 3
+    kept = SyntheticDataset.load(caught.value.saved)
+    assert torch.equal(kept.tensors()[0], calm.tensors()[0])
+    assert "NOT FINISHED: diverged at iteration 3" in kept.recipe.notes[0]
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_a_nan_in_the_images_is_noticed_even_if_the_loss_is_finite(source):
+    with pytest.raises(Diverged, match="iteration 2: the updated state is not finite") as caught:
+        synthesize(Wander(poison_at=2), source)
+    assert caught.value.saved is None
+    assert bool(torch.isfinite(caught.value.last_good.tensors()[0]).all())
+
+
+def test_dm_with_an_absurd_step_size_diverges_cleanly(source, method):
+    with pytest.raises(Diverged, match="Lower the learning rate"):
+        synthesize(replace(method, lr_images=1e38, iterations=50), source)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "cuda:99"}, DeviceUnavailable, "cuda:99"),
+        ({"device": "tpu"}, DeviceUnavailable, "no such kind of device"),
+        ({"device": "meta"}, DeviceUnavailable, "only cpu, cuda and mps"),
+        ({"checkpoint_every": 0}, InvalidSetting, "checkpoint_every = 0"),
+        ({"chunk": -1}, InvalidSetting, "chunk = -1"),
+        ({"seed": "0"}, InvalidSetting, "seed = '0'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_file_is_made(options, error, message, source, method, tmp_path):
+    with pytest.raises(error, match=message):
+        synthesize(method, source, out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_cuda_asked_for_and_absent(source, method):
+    with pytest.raises(DeviceUnavailable, match="offers 0 CUDA devices"):
+        synthesize(method, source, device="cuda")
+
+
+def test_a_small_class_is_refused_capped_or_repeated(source):
+    short = source.subset([*range(3), *range(12, 36)])
+    with pytest.raises(BadData, match=r"1 classes of 'toy' have fewer than ipc=5 images: 'red' \(3\); .*on_small_class"):
+        synthesize(RandomReal(ipc=5), short)
+    capped = synthesize(RandomReal(ipc=5, on_small_class="cap"), short)
+    assert capped.counts == (3, 5, 5)
+    doubled = synthesize(RandomReal(ipc=5, on_small_class="duplicate"), short)
+    assert doubled.counts == (5, 5, 5)
+    red = doubled.tensors()[0][:5]
+    assert torch.equal(red[:2], red[3:])
+    assert len(torch.unique(red, dim=0)) == 3
+    assert synthesize(DM(ipc=5, iterations=2, on_small_class="cap"), short).counts == (3, 5, 5)
+
+
+def test_chunking_changes_nothing_but_rounding(source, method):
+    reference = synthesize(method, source, chunk=1000).tensors()[0]
+    for chunk in (1, 5):
+        torch.testing.assert_close(synthesize(method, source, chunk=chunk).tensors()[0], reference, rtol=1e-4, atol=1e-4)
+
+
+def start(out, pause):
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(TOYS), str(out), str(pause)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if int(line) >= step:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    process = start(folder, 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return contents(folder)
+
+
+def test_killed_runs_end_in_the_same_bytes(uninterrupted, tmp_path):
+    for step in (1, 25, 44):
+        process = start(tmp_path / "out", 0.005)
+        wait_for_step(process, step)
+        process.kill()
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path / "out", 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert contents(tmp_path / "out") == uninterrupted
+    assert not list((tmp_path / "out").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(signum, uninterrupted, tmp_path):
+    process = start(tmp_path / "out", 0.02)
+    wait_for_step(process, 4)
+    process.send_signal(signum)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert "Stopped: stopped by " + signal.Signals(signum).name in errors
+    steps = sorted((tmp_path / "out/run/jobs/all").glob("step_*"))
+    assert int(steps[-1].name[-9:]) >= 5
+    process = start(tmp_path / "out", 0)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert contents(tmp_path / "out") == uninterrupted
+
+
+def test_signal_handlers_are_given_back(source, method, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    synthesize(method, source, out=tmp_path)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_stopped_knows_its_exit_code(source, tmp_path):
+    def stop(event):
+        if event.iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="Run the same command again") as caught:
+        synthesize(Wander(one_job=True), source, out=tmp_path, callback=stop)
+    assert caught.value.code == 143
+    assert caught.value.iteration in (3, 4)
