@@ -215,7 +215,8 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         rows = [torch.cat([unit[targets == c][:columns], blank])[:columns] for c in range(min(20, len(self.classes)))]
         zoom = max(1, 32 // unit.shape[-1])
         tiles = torch.cat(rows).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-        return (make_grid(tiles, nrow=columns, padding=2, pad_value=1.0) * 255).round().to(torch.uint8)
+        picture: Tensor = make_grid(tiles, nrow=columns, padding=2, pad_value=1.0)
+        return (picture * 255).round().to(torch.uint8)
 
     # -- files -------------------------------------------------------------------------------------------------
 
@@ -316,7 +317,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BadArtifact(folder / MANIFEST, "does not describe a synthetic set of dsdistill")
     if not isinstance(manifest.get("schema_version"), int) or manifest["schema_version"] > SCHEMA_VERSION:
         found = manifest.get("schema_version")
-        raise BadArtifact(folder / MANIFEST, f"has schema version {found}, newer than {SCHEMA_VERSION}: upgrade dsdistill")
+        raise BadArtifact(
+            folder / MANIFEST, f"has schema version {found}, newer than {SCHEMA_VERSION}: upgrade dsdistill"
+        )
     return manifest
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from dsdistill.core.config import from_dict, to_dict
+from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, Synthesizer, synthesize
 from dsdistill.engine.observe import StepEvent
-from dsdistill.engine.run import Execution, default_chunk
+from dsdistill.engine.run import Execution
 from dsdistill.synthetic import MANIFEST, Recipe, SyntheticDataset
 
 _FILES = ("images.safetensors", "labels.safetensors", MANIFEST)

@@ -10,7 +10,9 @@ from dsdistill.networks import NetworkSpec
 torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
 
 
-def make_images(per_class: int, classes: int, shape: tuple[int, int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_images(
+    per_class: int, classes: int, shape: tuple[int, int, int], seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(classes).repeat_interleave(per_class)
     noise = torch.randint(0, 128, (len(targets), *shape), generator=generator)

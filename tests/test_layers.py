@@ -56,12 +56,13 @@ def test_every_module_has_a_layer():
 
 
 def test_imports_point_downwards():
-    wrong = []
-    for path in PACKAGE.rglob("*.py"):
-        mine = owner(path)
-        for other in runtime_imports(path) - {mine} if mine != "__init__" else ():
-            if other in LEVEL and LEVEL[other] >= LEVEL[mine] and (mine, other) not in SIDEWAYS:
-                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {other}"
+        for path in PACKAGE.rglob("*.py")
+        if (mine := owner(path)) != "__init__"
+        for other in runtime_imports(path) - {mine}
+        if other in LEVEL and LEVEL[other] >= LEVEL[mine] and (mine, other) not in SIDEWAYS
+    ]
     assert not wrong, wrong
 
 

@@ -72,7 +72,9 @@ def _fail(error: DistillError, as_json: bool) -> int:
 
 def build_parser() -> ArgumentParser:
     """The whole command line."""
-    parser = Parser(prog="dsdistill", description="Distil an image dataset into a few images per class, and score the result.")
+    parser = Parser(
+        prog="dsdistill", description="Distil an image dataset into a few images per class, and score the result."
+    )
     verbs = parser.add_subcommands(title="verbs", metavar="VERB")
     for name, verb in VERBS.items():
         sub = Parser(prog=f"dsdistill {name}", description=verb.help)
@@ -85,7 +87,11 @@ def build_parser() -> ArgumentParser:
 
 def _say(config: Namespace, text: str) -> None:
     if not config.get("json"):
-        print(text.encode(sys.stdout.encoding or "utf-8", errors="backslashreplace").decode(sys.stdout.encoding or "utf-8"))
+        print(
+            text.encode(sys.stdout.encoding or "utf-8", errors="backslashreplace").decode(
+                sys.stdout.encoding or "utf-8"
+            )
+        )
 
 
 # -- shared arguments ------------------------------------------------------------------------------------------
@@ -93,7 +99,10 @@ def _say(config: Namespace, text: str) -> None:
 
 def _data_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=str, required=True, help="Name (digits, mnist, cifar10, ...) or image folder with train/ and val/ or test/."
+        "--data",
+        type=str,
+        required=True,
+        help="Name (digits, mnist, cifar10, ...) or image folder with train/ and val/ or test/.",
     )
     parser.add_class_arguments(LoadOptions, "load")
 
@@ -127,18 +136,21 @@ def _synthesize_arguments(parser: ArgumentParser) -> None:
         Synthesizer,
         "method",
         required=True,
-        help="Method by name, its settings as --method.SETTING; `dsdistill methods` lists them, `dsdistill show NAME` explains.",
+        help="Method by name, its settings as --method.SETTING. See: dsdistill methods; dsdistill show NAME.",
     )
-    parser.add_argument("--out", type=Path, required=True, help="Output folder; the same command again continues an interrupted run.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Output folder; the same command again continues an interrupted run."
+    )
     _run_arguments(parser)
     parser.add_argument("--overwrite", action="store_true", help="Replace a run that the output folder already holds.")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="Steps between checkpoints.")
-    parser.add_argument("--chunk", type=int | None, default=None, help="Images per forward pass; lower it when memory runs out.")
+    parser.add_argument(
+        "--chunk", type=int | None, default=None, help="Images per forward pass; lower it when memory runs out."
+    )
 
 
 def _synthesize(config: Namespace) -> Any:
     import dsdistill as dd
-    from dsdistill.engine.workspace import Workspace
 
     source = _load_source(config)
     synthetic = dd.synthesize(
@@ -151,7 +163,10 @@ def _synthesize(config: Namespace) -> Any:
         checkpoint_every=config.checkpoint_every,
         chunk=config.chunk,
     )
-    _say(config, f"{synthetic!r}\nsaved in {config.out}; score it with: dsdistill evaluate {config.out} --data {config.data}")
+    _say(
+        config,
+        f"{synthetic!r}\nsaved in {config.out}; score it with: dsdistill evaluate {config.out} --data {config.data}",
+    )
     return _summary(config.out)
 
 
@@ -161,7 +176,9 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
 
     parser.add_argument("path", type=Path, help="Folder of a synthetic set.")
     _data_arguments(parser)
-    parser.add_argument("--protocol", type=str, default="dsa", help=f"How networks are trained: {', '.join(list_protocols())}.")
+    parser.add_argument(
+        "--protocol", type=str, default="dsa", help=f"How networks are trained: {', '.join(list_protocols())}."
+    )
     parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the protocol's.")
     parser.add_argument("--network", type=NetworkSpec | None, default=None, help="Network instead of the protocol's.")
     parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per row of the table.")
@@ -225,7 +242,10 @@ def _show(config: Namespace) -> Any:
     lines = [f"{cls.__name__}: {summary}", f"Paper: {cls.paper}", ""]
     width = max(len(field.name) for field in fields)
     for field in fields:
-        lines += [f"  {field.name.ljust(width)}  {field.type}, default {field.default!r}", f"  {' ' * width}  {field.doc}"]
+        lines += [
+            f"  {field.name.ljust(width)}  {field.type}, default {field.default!r}",
+            f"  {' ' * width}  {field.doc}",
+        ]
     if cls.presets:
         lines += ["", "Presets, as in dd.methods." + f"{cls.__name__}.preset({next(iter(cls.presets))!r}):"]
         lines += [f"  {name}: {settings}" for name, settings in cls.presets.items()]
@@ -242,7 +262,10 @@ def _path_arguments(parser: ArgumentParser) -> None:
 def _summary(path: Path) -> dict[str, Any]:
     from dsdistill.synthetic import read_manifest
 
-    return {"path": str(path), **{key: value for key, value in read_manifest(path).items() if key not in ("seal", "files")}}
+    return {
+        "path": str(path),
+        **{key: value for key, value in read_manifest(path).items() if key not in ("seal", "files")},
+    }
 
 
 def _inspect(config: Namespace) -> Any:
@@ -267,8 +290,12 @@ def _inspect(config: Namespace) -> Any:
 
 def _export_arguments(parser: ArgumentParser) -> None:
     _path_arguments(parser)
-    parser.add_argument("--format", type=str, default="folder", help="folder: PNG files by class, 8 bits; npz: float arrays.")
-    parser.add_argument("--out", type=Path | None, default=None, help="Target; by default beside the set, named after it.")
+    parser.add_argument(
+        "--format", type=str, default="folder", help="folder: PNG files by class, 8 bits; npz: float arrays."
+    )
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="Target; by default beside the set, named after it."
+    )
 
 
 def _export(config: Namespace) -> Any:

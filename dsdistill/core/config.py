@@ -63,7 +63,7 @@ def validate(settings: Any) -> None:
         InvalidSetting: naming class and field, the value, and what is allowed.
     """
     cls = type(settings)
-    for name, adapter in _adapters(cls).items():
+    for name, adapter in _adapters(cls).items():  # type: ignore[arg-type]  # a class is hashable
         value = getattr(settings, name)
         try:
             checked = adapter.validate_python(value)
@@ -99,7 +99,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
     actual = _subclasses(cls).get(named)
     if actual is None:
         raise UnknownName(cls.__name__, str(named), sorted(_subclasses(cls)))
-    hints = _hints(actual)
+    hints = _hints(actual)  # type: ignore[arg-type]  # a class is hashable
     arguments = {}
     for key, value in data.items():
         if key == TYPE_KEY:

@@ -48,7 +48,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def encode_json(content: Any) -> bytes:
     """UTF-8 JSON with two-space indents and a final newline; NaN and infinity are refused."""
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogateescape")
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "surrogateescape"
+    )
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -117,7 +119,9 @@ def read_listed(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     if size != entry.get("bytes"):
         raise BadArtifact(path, f"holds {size} bytes where the manifest says {entry.get('bytes')}; get a fresh copy")
     if sha256(data) != entry.get("sha256"):
-        raise BadArtifact(path, "its sha256 differs from the manifest: the file was altered or damaged; get a fresh copy")
+        raise BadArtifact(
+            path, "its sha256 differs from the manifest: the file was altered or damaged; get a fresh copy"
+        )
     return data
 
 

@@ -99,7 +99,9 @@ class StopRequest:
                 self._previous[signum] = signal.signal(signum, self._request)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._give_back()
 
     def _request(self, signum: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from dsdistill.core.config import to_dict
-from dsdistill.core.device import resolve_device
+from dsdistill.core.device import default_chunk, resolve_device
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
@@ -96,13 +96,6 @@ def synthesize(
     return result
 
 
-def default_chunk(shape: tuple[int, int, int], device: torch.device) -> int:
-    """Images per forward pass such that one 128-channel activation fits the cache (CPU) or 2 GiB (accelerators)."""
-    activation = 128 * 4 * shape[1] * shape[2]
-    budget = 8 * 2**20 if device.type == "cpu" else 2 * 2**30
-    return max(1, min(budget // activation, 4096))
-
-
 def _recipe(method: Synthesizer, run: Run) -> Recipe:
     source = run.source
     return Recipe(
@@ -168,7 +161,12 @@ class Execution:
             done = iteration + 1
             due = done % self.checkpoint_every == 0 and done < method.steps
             stopping = self._stop.signum is not None
-            if due or stopping or done == method.steps or done % _READ_EVERY.get(run.device.type, _READ_EVERY_ACCELERATOR) == 0:
+            if (
+                due
+                or stopping
+                or done == method.steps
+                or done % _READ_EVERY.get(run.device.type, _READ_EVERY_ACCELERATOR) == 0
+            ):
                 watch.read()
             if self.workspace and (due or stopping):
                 self.workspace.write_checkpoint(job, done, checkpoint.capture(state))

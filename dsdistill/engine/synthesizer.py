@@ -79,7 +79,7 @@ class Run:
             )
         else:
             network = spec.build(self.source.shape, self.source.num_classes, generator=generator, device=self.device)
-            network = network.to(memory_format=torch.channels_last)
+        network = network.to(memory_format=torch.channels_last)
         self._networks[spec] = network
         return network.requires_grad_(False)
 
@@ -120,8 +120,8 @@ class Synthesizer(ABC):
         small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < self.ipc]
         if small and self.on_small_class == "error":
             raise BadData(
-                f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: {', '.join(small[:5])}; "
-                "lower ipc or set on_small_class to 'cap' (fewer images) or 'duplicate' (repeated images)"
+                f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: "
+                f"{', '.join(small[:5])}; lower ipc or set on_small_class to 'cap' (fewer images) or 'duplicate' (repeated images)"
             )
 
     def budget(self, run: Run) -> list[int]:

@@ -158,7 +158,9 @@ class Workspace:
         try:
             earlier = Recipe.from_json({key: value for key, value in previous.items() if key != "seal"})
         except (KeyError, TypeError) as error:
-            raise BadArtifact(self.run / _RUN, f"is no record of a run ({error!r}); --overwrite starts afresh") from error
+            raise BadArtifact(
+                self.run / _RUN, f"is no record of a run ({error!r}); --overwrite starts afresh"
+            ) from error
         changes = differences(_identity(earlier), _identity(self.recipe))
         if changes:
             listing = "\n  ".join(changes)

@@ -1,7 +1,7 @@
 """Scoring: train fresh networks on a set, test them once on the real test split, say how sure one can be."""
 
-from dsdistill.evaluation.evaluate import EvaluationResult, evaluate
 from dsdistill.evaluation.protocol import PROTOCOLS, EvaluationProtocol, get_protocol, list_protocols
+from dsdistill.evaluation.score import EvaluationResult, evaluate
 from dsdistill.evaluation.statistics import Score, paired_difference
 
 __all__ = [

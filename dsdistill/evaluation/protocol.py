@@ -50,7 +50,9 @@ class EvaluationProtocol:
     def __post_init__(self) -> None:
         validate(self)
         if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
-            raise InvalidSetting("EvaluationProtocol.milestones", self.milestones, "ascending fractions between 0 and 1")
+            raise InvalidSetting(
+                "EvaluationProtocol.milestones", self.milestones, "ascending fractions between 0 and 1"
+            )
 
     def learning_rate(self, epoch: int) -> float:
         """Step size during ``epoch`` (counted from 0)."""

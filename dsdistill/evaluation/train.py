@@ -7,18 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import DistillError
 from dsdistill.evaluation.protocol import EvaluationProtocol
-from dsdistill.networks import parameter_digest
+from dsdistill.networks import has_batchnorm, parameter_digest
 
 
 class TrainingSet(NamedTuple):
-    """``fetch(rows)`` gives standardised images (len(rows), C, H, W), float32; ``targets`` is (M,) or (M, K); on the device."""
+    """What a network is trained on, on its device.
+
+    ``fetch(rows)`` gives standardised images (len(rows), C, H, W), float32; ``targets`` is (M,) classes or (M, K)
+    probabilities; ``shape`` is (C, H, W).
+    """
 
     fetch: Callable[[Tensor], Tensor]
     targets: Tensor
+    shape: tuple[int, int, int]
 
 
 def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num_classes: int, rng: Rng) -> nn.Module:
@@ -42,20 +48,21 @@ def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num
             f"network {spec.name!r} is not fresh: its initial parameters do not follow from the seed alone. "
             "Its factory must build a new, randomly initialised module at each call"
         )
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return network.to(memory_format=torch.channels_last)
 
 
-def train(
-    network: nn.Module, data: TrainingSet, protocol: EvaluationProtocol, rng: Rng, *, mirror_safe: bool
-) -> None:
+def train(network: nn.Module, data: TrainingSet, protocol: EvaluationProtocol, rng: Rng, *, mirror_safe: bool) -> None:
     """Train ``network`` in place.
+
+    A batch passes in chunks whose gradients add up to the batch's, which keeps activations in the caches; a network
+    with batch normalisation, which couples the images of a batch, gets it whole.
 
     Args:
         data: images and targets, on the device.
         rng: scoped to the repeat; uses the streams "order" and "views".
         mirror_safe: whether a flip keeps the class.
     """
-    fetch, targets = data
+    fetch, targets, shape = data
     device = targets.device
     augmentation = protocol.augmentation.suited(mirror_safe) if protocol.augmentation else None
     order, views = rng.at("order", device="cpu"), rng.at("views", device="cpu")
@@ -66,18 +73,20 @@ def train(
         weight_decay=protocol.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
+    chunk = protocol.batch_size if has_batchnorm(network) else default_chunk(shape, device)
     network.train()
     for epoch in range(protocol.epochs):
         optimizer.param_groups[0]["lr"] = protocol.learning_rate(epoch)
         shuffled = torch.randperm(len(targets), generator=order).to(device, non_blocking=True)
-        for rows in shuffled.split(protocol.batch_size):
+        for rows in torch.split(shuffled, protocol.batch_size):
             batch = fetch(rows)
             if augmentation is not None:
-                record = augmentation.sample(len(rows), _shape(batch), views, per="image", device=device)
+                record = augmentation.sample(len(rows), shape, views, per="image", device=device)
                 batch = augmentation.apply(batch, record)
-            loss = cross_entropy(network(batch), targets[rows])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for images, wanted in zip(torch.split(batch, chunk), torch.split(targets[rows], chunk), strict=True):
+                loss = cross_entropy(network(images), wanted, reduction="sum") / len(rows)
+                loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 
@@ -89,8 +98,3 @@ def accuracy(network: nn.Module, test: ImageSource, *, chunk: int) -> float:
     for images, targets in test.batches(chunk):
         correct += (network(images).argmax(1) == targets).sum()
     return int(correct) / len(test)
-
-
-def _shape(images: Tensor) -> tuple[int, int, int]:
-    channels, height, width = images.shape[1:]
-    return channels, height, width

@@ -28,7 +28,9 @@ class HardLabels(Labels):
         if classes.dim() != 1 or classes.is_floating_point():
             raise BadData(f"hard labels must be (N,) integers, got {tuple(classes.shape)} {classes.dtype}")
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
-            raise BadData(f"hard labels span [{int(classes.min())}, {int(classes.max())}], but there are {num_classes} classes")
+            raise BadData(
+                f"hard labels span [{int(classes.min())}, {int(classes.max())}], but there are {num_classes} classes"
+            )
         self.num_classes = num_classes
         self._classes: Tensor
         self.register_buffer("_classes", classes.to(torch.int64, copy=True))

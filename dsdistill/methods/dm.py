@@ -102,7 +102,7 @@ class DM(Synthesizer):
         owner = torch.arange(len(sizes)).repeat_interleave(sizes)
         chunk = len(owner) if has_batchnorm(network) else run.chunk
         sums = torch.zeros((), device=run.device)
-        for rows, whose in zip(index.split(chunk), owner.split(chunk), strict=True):
+        for rows, whose in zip(torch.split(index, chunk), torch.split(owner, chunk), strict=True):
             sums = sums + self._sums(network, run.source.gather(rows), views, whose, slice(0, len(sizes)))
         return sums / sizes.to(sums)[:, None]
 

@@ -263,7 +263,9 @@ def test_cuda_asked_for_and_absent(source, method):
 
 def test_a_small_class_is_refused_capped_or_repeated(source):
     short = source.subset([*range(3), *range(12, 36)])
-    with pytest.raises(BadData, match=r"1 classes of 'toy' have fewer than ipc=5 images: 'red' \(3\); .*on_small_class"):
+    with pytest.raises(
+        BadData, match=r"1 classes of 'toy' have fewer than ipc=5 images: 'red' \(3\); .*on_small_class"
+    ):
         synthesize(RandomReal(ipc=5), short)
     capped = synthesize(RandomReal(ipc=5, on_small_class="cap"), short)
     assert capped.counts == (3, 5, 5)
@@ -278,7 +280,9 @@ def test_a_small_class_is_refused_capped_or_repeated(source):
 def test_chunking_changes_nothing_but_rounding(source, method):
     reference = synthesize(method, source, chunk=1000).tensors()[0]
     for chunk in (1, 5):
-        torch.testing.assert_close(synthesize(method, source, chunk=chunk).tensors()[0], reference, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            synthesize(method, source, chunk=chunk).tensors()[0], reference, rtol=1e-4, atol=1e-4
+        )
 
 
 def start(out, pause):

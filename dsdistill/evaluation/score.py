@@ -182,17 +182,17 @@ class _Scorer:
     def training_set(self, row: str, synthetic: SyntheticDataset, repeat: int) -> TrainingSet:
         """Images and targets of a row, on the device."""
         if row == "whole":
-            return TrainingSet(self.real.gather, self.real.targets)
+            return TrainingSet(self.real.gather, self.real.targets, self.real.shape)
         if row == "synthetic":
             images, targets = (tensor.to(self.device) for tensor in synthetic.tensors())
         else:
             rng = Rng(self.seed, job=f"repeat/{repeat}", device=self.device)
             classes = range(self.real.num_classes)
             drawn = self.real.per_class_indices(classes, synthetic.ipc, rng.at("random real"))
-            blocks = drawn.split(self.real.sizes_per_class(classes, synthetic.ipc))
+            blocks = torch.split(drawn, self.real.sizes_per_class(classes, synthetic.ipc))
             index = torch.cat([block[:n] for block, n in zip(blocks, synthetic.counts, strict=True)])
             images, targets = self.real.gather(index), self.real.targets[index]
-        return TrainingSet(images.__getitem__, targets)
+        return TrainingSet(images.__getitem__, targets, self.real.shape)
 
     def score(self, data: TrainingSet, repeat: int, epochs: int) -> float:
         """Test accuracy of a fresh network trained on the data."""
