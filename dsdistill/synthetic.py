@@ -353,7 +353,7 @@ task_categories: [image-classification]
 
 {len(synthetic)} synthetic images {"x".join(map(str, synthetic.shape))} (channels x height x width) of
 {len(synthetic.classes)} classes ({classes}), distilled from {sum(recipe.source.get("counts", []))} real images.
-Stored: {size.images:,} bytes of images ({synthetic.images.key}), {size.labels:,} bytes of labels ({synthetic.labels.key}).
+Stored: {size.images:,} bytes of images ({synthetic.images.key}) and {size.labels:,} of labels ({synthetic.labels.key}).
 
 {notes}
 ```python

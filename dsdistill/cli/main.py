@@ -11,7 +11,7 @@ from annotated_types import Gt, Lt
 from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.parser import Parser
-from dsdistill.errors import DistillError, Stopped
+from dsdistill.errors import DistillError, InvalidSetting, Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Verb:
     """A subcommand: its one-line help, what adds its arguments, what runs it and returns JSON content."""
 
     help: str
+    examples: str
     arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], Any]
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parser.parse_args(arguments)
     verb, settings = config.subcommand, config[config.subcommand]
     try:
-        settings = parser.instantiate_classes(config)[verb]
+        settings = _instantiated(parser, config)[verb]
         result = VERBS[verb].run(settings)
     except DistillError as error:
         return _fail(error, as_json=bool(settings.get("json")))
@@ -60,6 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings.get("json"):
         print(json.dumps(result, indent=2, ensure_ascii=True))
     return 0
+
+
+def _instantiated(parser: ArgumentParser, config: Namespace) -> Namespace:
+    try:
+        instantiated: Namespace = parser.instantiate_classes(config)
+        return instantiated
+    except ValueError as error:  # the library wraps what our settings raise
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DistillError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or InvalidSetting("configuration", str(config), str(error)) from None
 
 
 def _fail(error: DistillError, as_json: bool) -> int:
@@ -77,7 +89,7 @@ def build_parser() -> ArgumentParser:
     )
     verbs = parser.add_subcommands(title="verbs", metavar="VERB")
     for name, verb in VERBS.items():
-        sub = Parser(prog=f"dsdistill {name}", description=verb.help)
+        sub = Parser(prog=f"dsdistill {name}", description=verb.help, epilog=f"Examples:\n{verb.examples}")
         sub.add_argument("--config", action="config", help="YAML file of settings; flags after it win.")
         verb.arguments(sub)
         sub.add_argument("--json", action="store_true", help="Print the result as JSON on standard output.")
@@ -180,9 +192,16 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         "--protocol", type=str, default="dsa", help=f"How networks are trained: {', '.join(list_protocols())}."
     )
     parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the protocol's.")
-    parser.add_argument("--network", type=NetworkSpec | None, default=None, help="Network instead of the protocol's.")
+    parser.add_argument(
+        "--network",
+        type=NetworkSpec | None,
+        default=None,
+        help="Network instead of the protocol's: --network.name, --network.width, ...",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per row of the table.")
-    parser.add_argument("--baselines", type=list[str], default=["random"], help="Rows beside the set: random, whole.")
+    parser.add_argument(
+        "--baselines", type=str, nargs="*", default=["random"], help="Rows beside the set: random, whole, or none."
+    )
     parser.add_argument("--whole_epochs", type=int | None, default=None, help="Epochs of the whole-training-set row.")
     _run_arguments(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the result.")
@@ -328,12 +347,43 @@ def _quickstart(config: Namespace) -> Any:
 
 VERBS = {
     "quickstart": Verb(
-        "Distil scikit-learn's digits and score the result, in about a minute.", _quickstart_arguments, _quickstart
+        "Distil scikit-learn's digits and score the result, in about a minute.",
+        "  dsdistill quickstart --out digits-dm",
+        _quickstart_arguments,
+        _quickstart,
     ),
-    "synthesize": Verb("Distil real images into a few synthetic ones per class.", _synthesize_arguments, _synthesize),
-    "evaluate": Verb("Score a synthetic set by training fresh networks on it.", _evaluate_arguments, _evaluate),
-    "methods": Verb("List the methods.", _methods_arguments, _methods),
-    "show": Verb("Explain a method: its settings, defaults, presets and paper.", _show_arguments, _show),
-    "inspect": Verb("Check a synthetic set and say what it is and how it was made.", _path_arguments, _inspect),
-    "export": Verb("Write a synthetic set for other programs.", _export_arguments, _export),
+    "synthesize": Verb(
+        "Distil real images into a few synthetic ones per class.",
+        "  dsdistill synthesize --data digits --method DM --method.ipc 10 --method.iterations 500 --out runs/dm\n"
+        "  dsdistill synthesize --data my/images --load.image_size 32 --method DM --method.ipc 1 --out runs/mine\n"
+        "  dsdistill synthesize --method DM --data digits --out runs/dm --print_config > run.yaml\n"
+        "  dsdistill synthesize --config run.yaml --seed 1 --out runs/dm-seed1",
+        _synthesize_arguments,
+        _synthesize,
+    ),
+    "evaluate": Verb(
+        "Score a synthetic set by training fresh networks on it.",
+        "  dsdistill evaluate runs/dm --data digits --protocol dsa --epochs 300 --repeats 5\n"
+        "  dsdistill evaluate runs/dm --data digits --baselines random whole --out score.json",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "methods": Verb(
+        "List the methods.", "  dsdistill methods\n  dsdistill methods 'D*' --json", _methods_arguments, _methods
+    ),
+    "show": Verb(
+        "Explain a method: its settings, defaults, presets and paper.", "  dsdistill show DM", _show_arguments, _show
+    ),
+    "inspect": Verb(
+        "Check a synthetic set and say what it is and how it was made.",
+        "  dsdistill inspect runs/dm",
+        _path_arguments,
+        _inspect,
+    ),
+    "export": Verb(
+        "Write a synthetic set for other programs.",
+        "  dsdistill export runs/dm --format folder --out dm-images\n  dsdistill export runs/dm --format npz",
+        _export_arguments,
+        _export,
+    ),
 }

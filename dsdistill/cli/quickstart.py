@@ -18,14 +18,14 @@ def quickstart(out: Path, *, seed: int = 0, device: str | None = None, overwrite
     """
     source = dd.data.load("digits")
     network = NetworkSpec("convnet", width=64, depth=2)
-    method = dd.methods.DM(ipc=10, iterations=300, real_batch=64, network=network)
+    method = dd.methods.DM(ipc=1, iterations=300, real_batch=64, network=network)
     synthetic = dd.synthesize(method, source, seed=seed, device=device, out=out, overwrite=overwrite)
-    protocol = replace(get_protocol("dm"), name="dm, 150 epochs, small ConvNet", epochs=150, network=network)
+    protocol = replace(get_protocol("dm"), name="dm with 150 epochs, ConvNet-D2-W64", epochs=150, network=network)
     result = dd.evaluate(
         synthetic,
         source,
         protocol=protocol,
-        repeats=5,
+        repeats=10,
         baselines=("random", "whole"),
         whole_epochs=20,
         seed=seed,

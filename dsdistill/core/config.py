@@ -49,7 +49,7 @@ def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
     def adapter(hint: Any) -> TypeAdapter[Any]:
         if dataclasses.is_dataclass(hint):
             return TypeAdapter(typing.cast(Any, hint), config=None)
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True))
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False))
 
     return {name: adapter(hint) for name, hint in _hints(cls).items()}
 

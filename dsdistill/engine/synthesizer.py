@@ -86,10 +86,11 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Synthesizer(ABC):
-    """Base class of all methods: a frozen, keyword-only dataclass whose fields are the method's settings.
+    """A distillation method and its settings.
 
-    Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps` and
-    `step`. Settings are checked when the object is made.
+    The base class of all methods: a frozen, keyword-only dataclass whose fields are the settings, checked when the
+    object is made. Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps`
+    and `step`.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
@@ -121,7 +122,8 @@ class Synthesizer(ABC):
         if small and self.on_small_class == "error":
             raise BadData(
                 f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: "
-                f"{', '.join(small[:5])}; lower ipc or set on_small_class to 'cap' (fewer images) or 'duplicate' (repeated images)"
+                f"{', '.join(small[:5])}; lower ipc, or set on_small_class to 'cap' (fewer images) "
+                "or 'duplicate' (repeated images)"
             )
 
     def budget(self, run: Run) -> list[int]:

@@ -61,7 +61,7 @@ class EvaluationProtocol:
 
 
 PROTOCOLS: Mapping[str, EvaluationProtocol] = {
-    # Zhao et al., ICLR 2021, and their code: 300 epochs, step size x0.1 after epoch E/2 + 1, batch 256, no augmentation.
+    # Zhao et al., ICLR 2021, and their code: 300 epochs, x0.1 after epoch E/2 + 1, batch 256, no augmentation.
     "dc": EvaluationProtocol(name="dc", epochs=300),
     # Zhao & Bilen, ICML 2021 (DSA) and WACV 2023 (DM): the same with 1000 epochs under per-image DSA.
     "dsa": EvaluationProtocol(name="dsa", epochs=1000, augmentation=Siamese()),

@@ -19,4 +19,11 @@ class Labels(Stored):
 
     @abstractmethod
     def target(self, owner: Tensor) -> Tensor:
-        """Targets of decoded images by their stored item ``owner`` (M,), on the CPU: (M,) classes or (M, K) probabilities."""
+        """Targets of decoded images by their stored item.
+
+        Args:
+            owner: (M,), int64, on the CPU, as `Parameterization.decode` returns it.
+
+        Returns:
+            (M,) classes, or (M, K) probabilities.
+        """

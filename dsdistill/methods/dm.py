@@ -1,4 +1,4 @@
-"""Distribution matching (B. Zhao, H. Bilen, "Dataset Condensation with Distribution Matching", WACV 2023, arXiv 2110.04181).
+"""Distribution matching (Zhao & Bilen, Dataset Condensation with Distribution Matching, arXiv 2110.04181).
 
 Learns pixels S such that, under freshly initialised networks φ_θ and shared random views A_ω, the mean feature
 of each synthetic class equals that of the real class::
@@ -15,9 +15,9 @@ side whole, as one domain of statistics). Every random draw comes from the run's
 ``iterations`` updates are made, and the last one is what is saved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -35,7 +35,7 @@ class DM(Synthesizer):
     """Distribution matching: synthetic class means follow real class means under random networks."""
 
     paper: ClassVar[str] = "Zhao & Bilen, Dataset Condensation with Distribution Matching, WACV 2023, arXiv 2110.04181"
-    presets = {
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Authors' defaults (paper, section 4.1; code, main_DM.py). The step size is 1 up to IPC 50, 10 above.
         "cifar10/ipc1": {"ipc": 1},
         "cifar10/ipc10": {"ipc": 10},

@@ -43,8 +43,8 @@ def test_the_callers_global_state_comes_back():
 
 
 def test_python_and_numpy_generators_are_never_touched():
-    states = random.getstate(), np.random.get_state()[1].copy()
+    states = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002 (the global one is meant)
     with isolated_global_rng(torch.device("cpu")):
         seed_global(1, torch.device("cpu"))
     assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all()
+    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002

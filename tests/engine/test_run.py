@@ -132,7 +132,7 @@ def spoil(step, damage):
 def test_no_usable_checkpoint_is_an_error_that_names_the_mend(source, method, tmp_path):
     for step in interrupted(source, method, tmp_path):
         spoil(step, "truncate")
-    with pytest.raises(BadArtifact, match="no checkpoint is usable.*--overwrite"):
+    with pytest.raises(BadArtifact, match=r"no checkpoint is usable.*--overwrite"):
         synthesize(method, source, out=tmp_path)
     assert synthesize(method, source, out=tmp_path, overwrite=True).ipc == 2
 

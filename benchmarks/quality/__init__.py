@@ -1,0 +1,1 @@
+"""Test accuracies of distilled sets."""

@@ -1,0 +1,295 @@
+"""What a committed result holds, and how it is written.
+
+Derived figures (medians, means, intervals) are stored beside the measurements they come from, and a result in which
+the two disagree is not valid: nobody can edit a headline.
+"""
+
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+
+from dsdistill.core import storage
+from dsdistill.evaluation import Score as Statistics
+from dsdistill.synthetic import library_versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Hardware(_Strict):
+    """Where it ran. ``threads`` are those torch used in one operation; ``gpu`` is null where none was used."""
+
+    cpu: str
+    cores: Annotated[int, Field(ge=1)]
+    threads: Annotated[int, Field(ge=1)]
+    memory_gib: Positive
+    gpu: str | None
+    system: str
+
+
+class Commit(_Strict):
+    """Which code ran; ``dirty`` when the package or the benchmarks held changes that the commit lacks."""
+
+    sha: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+    dirty: bool
+
+
+class Record(_Strict):
+    """What every result says."""
+
+    format: Literal["dsdistill.benchmark"] = "dsdistill.benchmark"
+    schema_version: Literal[1] = 1
+    title: str
+    hardware: Hardware
+    versions: dict[str, str]
+    commit: Commit
+    command: str
+    seed: int
+    date: str
+
+    @field_validator("command")
+    @classmethod
+    def _no_machine_paths(cls, value: str) -> str:
+        if re.search(r"(^|[\s='\"])[/~]", value):
+            raise ValueError(f"the command names a path of one machine: {value}")
+        return value
+
+    @field_validator("date")
+    @classmethod
+    def _utc(cls, value: str) -> str:
+        if datetime.fromisoformat(value).tzinfo != UTC:
+            raise ValueError(f"not a UTC date: {value}")
+        return value
+
+
+class Comparison(_Strict):
+    """Two programs timed alternately; pair i is ``a[i] / b[i]``, so above 1 means b is faster."""
+
+    label: str
+    a_name: str
+    b_name: str
+    a: list[Positive]
+    b: list[Positive]
+    median_ratio: Positive
+    min_ratio: Positive
+    max_ratio: Positive
+    n: Annotated[int, Field(ge=1)]
+
+    @classmethod
+    def of(cls, label: str, a_name: str, b_name: str, a: Sequence[float], b: Sequence[float]) -> Self:
+        """The comparison of two lists of seconds."""
+        median, low, high = _ratios(a, b)
+        figures = {"median_ratio": median, "min_ratio": low, "max_ratio": high, "n": len(a)}
+        return cls(label=label, a_name=a_name, b_name=b_name, a=list(a), b=list(b), **figures)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        figures = (self.median_ratio, self.min_ratio, self.max_ratio)
+        if len(self.a) != self.n or not _close(figures, _ratios(self.a, self.b)):
+            raise ValueError(f"ratios of {self.label!r} do not follow from its seconds")
+        return self
+
+
+class Equality(_Strict):
+    """Difference between the two programs on equal inputs; ``relative`` to the largest magnitude of the quantity."""
+
+    quantity: str
+    dtype: Literal["float32", "float64"]
+    absolute: Annotated[float, Field(ge=0)]
+    relative: Annotated[float, Field(ge=0)]
+    tolerance: Positive
+
+    @model_validator(mode="after")
+    def _passed(self) -> Self:
+        if self.relative > self.tolerance:
+            raise ValueError(f"{self.quantity} ({self.dtype}) differs by {self.relative}, more than {self.tolerance}")
+        return self
+
+
+class Speed(Record):
+    """Paired timings, valid only together with a passed equality check. Seconds are per ``unit``."""
+
+    kind: Literal["speed"] = "speed"
+    unit: str
+    settings: dict[str, Any]
+    warmups: Annotated[int, Field(ge=0)]
+    target: Positive
+    comparisons: Annotated[list[Comparison], Field(min_length=1)]
+    equality: Annotated[list[Equality], Field(min_length=1)]
+
+
+class Scores(_Strict):
+    """Repeated measurements; with one only, spread and interval are null."""
+
+    mean: float
+    std: float | None
+    ci95: float | None
+    n: Annotated[int, Field(ge=1)]
+    values: list[float]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        expected = Statistics(tuple(self.values)).to_json()
+        pairs = [(getattr(self, name), expected[name]) for name in ("mean", "std", "ci95", "n")]
+        if any((one is None) != (other is None) or not _close((one or 0,), (other or 0,)) for one, other in pairs):
+            raise ValueError("mean, std, ci95 and n do not follow from the values")
+        return self
+
+
+class Row(_Strict):
+    """Test accuracies (fractions) of one training set under the protocol."""
+
+    images: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=1)]
+    seconds: Positive
+    accuracy: Scores
+
+
+class Data(_Strict):
+    """The real images. ``jpeg``: they went through JPEG, which is not the published data."""
+
+    name: str
+    fingerprint: Sha256
+    train_images: Annotated[int, Field(ge=1)]
+    test_images: Annotated[int, Field(ge=1)]
+    jpeg: bool
+
+
+class Quality(Record):
+    """Scores of one distilled set and its baselines, paired by seed."""
+
+    kind: Literal["quality"] = "quality"
+    data: Data
+    ipc: Annotated[int, Field(ge=1)]
+    method: dict[str, Any]
+    synthesis_seconds: Positive | None
+    protocol: dict[str, Any]
+    rows: dict[Literal["synthetic", "random", "whole"], Row]
+    gain_over_random: Scores | None
+    published: Share | None
+
+
+class Kill(_Strict):
+    """One SIGKILL: seconds after the process started, and steps the run had logged by then."""
+
+    aim: Literal["start-up", "work"]
+    seconds: Annotated[float, Field(ge=0)]
+    after_first_step: bool
+    steps: Annotated[int, Field(ge=0)]
+
+
+class Resume(Record):
+    """A run killed again and again against one left alone."""
+
+    kind: Literal["resume"] = "resume"
+    settings: dict[str, Any]
+    uninterrupted_seconds: Positive
+    kills: Annotated[list[Kill], Field(min_length=1)]
+    equal: bool
+    uninterrupted: dict[str, Sha256]
+    resumed: dict[str, Sha256]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.equal != (self.uninterrupted == self.resumed):
+            raise ValueError("'equal' contradicts the hashes")
+        return self
+
+
+Result = Annotated[Speed | Quality | Resume, Field(discriminator="kind")]
+_RESULT: TypeAdapter[Speed | Quality | Resume] = TypeAdapter(Result)
+
+
+def write_result(path: Path, content: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu") -> None:
+    """Add to ``content`` where, when and from what it was measured, check it, and write it atomically."""
+    record = {
+        **content,
+        "hardware": hardware(torch.device(device)),
+        "versions": library_versions(),
+        "commit": commit(),
+        "command": command(sys.argv),
+        "seed": seed,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    result = _RESULT.validate_python(record)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_json(path, result.model_dump(mode="json"))
+
+
+def read_result(path: Path) -> Speed | Quality | Resume:
+    """Read and check a result.
+
+    Raises:
+        pydantic.ValidationError: it does not follow the schema, or its figures contradict its measurements.
+    """
+    return _RESULT.validate_json(path.read_bytes())
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """This machine, without anything that would identify it."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def commit() -> dict[str, Any]:
+    """The checked-out commit, and whether package or benchmarks differ from it."""
+    changes = _git("status", "--porcelain", "--", "dsdistill", "benchmarks", ":!benchmarks/results")
+    return {"sha": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
+
+
+def command(argv: Sequence[str]) -> str:
+    """The command line as typed in the repository root; folders outside it are cut down to their names."""
+    module = Path(argv[0]).resolve().relative_to(ROOT).with_suffix("")
+    return shlex.join(["python", "-m", ".".join(module.parts), *map(_portable, argv[1:])])
+
+
+def _portable(argument: str) -> str:
+    flag, equals, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    path = Path(value).expanduser()
+    if path.is_absolute():
+        value = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else f"PATH/{path.name}"
+    return flag + equals + value
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _cpu_model() -> str:
+    listing = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
+    ratios = [first / second for first, second in zip(a, b, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def _close(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(abs(a - b) <= 1e-9 * max(1.0, abs(a)) for a, b in zip(one, other, strict=True))

@@ -1,0 +1,110 @@
+"""Timing two programs in turn, each run in a process of its own.
+
+One round runs the plain loops and dsdistill with the allocator as it comes, then both with freed memory kept (see
+`dsdistill.cli.allocator`): the command line keeps it, a library call does not, and plain loops would gain from it too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.schema import RESULTS, ROOT, Comparison, Equality, write_result
+from dsdistill.cli.allocator import keep_freed_memory
+from dsdistill.core.device import synchronize
+
+VARIANTS = {
+    "loops": ["--worker", "loops"],
+    "dsdistill": ["--worker", "dsdistill"],
+    "loops kept": ["--worker", "loops", "--keep-memory"],
+    "dsdistill kept": ["--worker", "dsdistill", "--keep-memory"],
+}
+COMPARISONS = {
+    "library call": ("loops", "dsdistill"),
+    "command line (keeps freed memory)": ("loops", "dsdistill kept"),
+    "both keep freed memory": ("loops kept", "dsdistill kept"),
+}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options that all speed benchmarks share."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--runs", type=int, default=5, help="processes of each program, in turn")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="result file; default: one in benchmarks/results")
+    made.add_argument("--worker", choices=("loops", "dsdistill"), help=argparse.SUPPRESS)
+    made.add_argument("--keep-memory", action="store_true", help=argparse.SUPPRESS)
+    return made
+
+
+def work(options: argparse.Namespace, program: Callable[[], None], warmups: int, steps: int) -> None:
+    """In a worker process: run ``program`` warm, then time it and print the mean seconds."""
+    device = torch.device(options.device)
+    for _ in range(warmups):
+        program()
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        program()
+    synchronize(device)
+    print(json.dumps({"seconds": (time.perf_counter() - begin) / steps}))
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """In a worker process, before anything else."""
+    if options.keep_memory and not keep_freed_memory():
+        sys.exit("the allocator of this C library cannot be tuned")
+
+
+def measure(module: str, runs: int) -> dict[str, list[float]]:
+    """Seconds of every variant, ``runs`` rounds, with the options of this process."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for run in range(runs):
+        for name, arguments in VARIANTS.items():
+            line = [sys.executable, "-m", module, *sys.argv[1:], *arguments]
+            done = subprocess.run(line, cwd=ROOT, env=clean, check=True, stdout=subprocess.PIPE, text=True)
+            seconds[name].append(json.loads(done.stdout.splitlines()[-1])["seconds"])
+            print(f"round {run + 1}/{runs}  {name:16s} {seconds[name][-1]:.4f} s", flush=True)
+    return seconds
+
+
+def publish(options: argparse.Namespace, module: str, name: str, content: dict[str, Any]) -> None:
+    """Measure all variants, print the ratios and write the result."""
+    seconds = measure(module, options.runs)
+    found = [Comparison.of(label, a, b, seconds[a], seconds[b]) for label, (a, b) in COMPARISONS.items()]
+    for one in found:
+        a, b = (statistics.median(values) for values in (one.a, one.b))
+        ratios = f"median ratio {one.median_ratio:.2f} ({one.min_ratio:.2f} to {one.max_ratio:.2f}, n={one.n})"
+        print(f"{one.label}: {one.a_name} {a:.3f} s, {one.b_name} {b:.3f} s, {ratios}")
+    out = options.out or RESULTS / f"{name}-{torch.device(options.device).type}.json"
+    comparisons = [one.model_dump() for one in found]
+    write_result(out, {**content, "comparisons": comparisons}, seed=options.seed, device=options.device)
+    print(f"written to {out}")
+
+
+def equality(quantity: str, ours: Tensor, other: Tensor, tolerance: float, *, median: bool = False) -> Equality:
+    """Largest difference of two tensors (with ``median``: that of the median row), relative to the largest magnitude.
+
+    Raises:
+        pydantic.ValidationError: it is above ``tolerance``.
+    """
+    differences = (ours - other).abs()
+    absolute = float(differences.flatten(1).amax(1).median() if median else differences.max())
+    return Equality(
+        quantity=quantity,
+        dtype=str(ours.dtype).removeprefix("torch."),
+        absolute=absolute,
+        relative=absolute / float(other.abs().max()),
+        tolerance=tolerance,
+    )

@@ -1,0 +1,321 @@
+import importlib
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from dsdistill import SyntheticDataset, evaluate, synthesize
+from dsdistill.augmentations import Siamese
+from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource, Normalization
+from dsdistill.errors import BadData, DeviceUnavailable, Diverged, InvalidSetting, ShapeMismatch, UnknownName
+from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, Score, paired_difference
+from dsdistill.labels import HardLabels
+from dsdistill.methods import RandomReal
+from dsdistill.networks import NetworkSpec
+from dsdistill.networks import spec as spec_module
+from dsdistill.parameterizations import Pixels
+from dsdistill.synthetic import Recipe
+
+score_module = importlib.import_module("dsdistill.evaluation.score")
+QUICK = EvaluationProtocol(
+    name="quick", network=NetworkSpec("mlp", width=8), epochs=3, lr=0.05, batch_size=4, augmentation=Siamese()
+)
+
+
+def stored(images, targets, source, **changes):
+    """A set of the given standardised images."""
+    options = {"normalization": source.normalization, "classes": source.classes, "recipe": Recipe({}, 0, {})}
+    labels = HardLabels(torch.as_tensor(targets), len(source.classes))
+    return SyntheticDataset(Pixels(images), labels, **{**options, **changes})
+
+
+@pytest.fixture
+def synthetic(source):
+    return synthesize(RandomReal(ipc=2), source, seed=3)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Every training set that a network saw: row images, targets, flip safety, protocol, initial parameters, stream."""
+    seen = []
+
+    def spy(network, data, protocol, rng, *, mirror_safe):
+        initial = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        images = data.fetch(torch.arange(len(data.targets)))
+        seen.append((images, data.targets, mirror_safe, protocol, initial, rng))
+
+    monkeypatch.setattr(score_module, "train", spy)
+    return seen
+
+
+def run(synthetic, source, **options):
+    options = {"protocol": QUICK, "repeats": 2, "device": "cpu", "progress": False, **options}
+    return evaluate(synthetic, source, **options)
+
+
+def values(result):
+    return {row: score.values for row, score in result.scores.items()}
+
+
+# What is trained ---------------------------------------------------------------------------------------------
+
+
+def test_every_row_trains_on_what_it_says(synthetic, source, trained):
+    result = run(synthetic, source, baselines=("random", "whole"), whole_epochs=2)
+    rows = [trained[0::3], trained[1::3], trained[2::3]]
+    for images, targets, *_ in rows[0]:
+        assert torch.equal(images, synthetic.tensors()[0])
+        assert targets.tolist() == synthetic.targets
+    for images, targets, *_ in rows[1]:
+        assert targets.tolist() == [0, 0, 1, 1, 2, 2]
+        real = source.normalization.standardize(source.images)
+        for image, target in zip(images, targets, strict=True):
+            (place,) = (real == image).flatten(1).all(1).nonzero().flatten().tolist()
+            assert int(source.targets[place]) == int(target)
+        assert len(torch.unique(images, dim=0)) == 6
+    for images, targets, *_ in rows[2]:
+        assert torch.equal(images, source.normalization.standardize(source.images))
+        assert torch.equal(targets, source.targets)
+    assert [record[3].epochs for record in trained] == [3, 3, 2] * 2
+    assert result.images == {"synthetic": 6, "random": 6, "whole": 36}
+    assert result.epochs == {"synthetic": 3, "random": 3, "whole": 2}
+    assert not torch.equal(rows[1][0][0], rows[1][1][0])  # the random row draws anew in each repeat
+
+
+def test_rows_of_a_repeat_share_network_and_streams_and_repeats_do_not(synthetic, source, trained):
+    run(synthetic, source, baselines=("random", "whole"))
+    initial = [record[4] for record in trained]
+    streams = [record[5] for record in trained]
+    for repeat in (0, 3):
+        assert all(torch.equal(initial[repeat], other) for other in initial[repeat : repeat + 3])
+        assert len({*streams[repeat : repeat + 3]}) == 1
+    assert not torch.equal(initial[0], initial[3])
+    assert streams[0] != streams[3]
+
+
+def test_the_random_row_has_the_counts_of_the_set(source, trained):
+    source = source.subset([*range(4), *range(12, 36)])  # 4, 12 and 12 images
+    images = torch.zeros(9, 3, 8, 8)
+    result = run(stored(images, [0, 0, 0, 0, 1, 2, 2, 2, 2], source), source, repeats=1)
+    assert trained[1][1].tolist() == [0] * 4 + [1] + [2] * 4
+    assert result.images["random"] == 9
+
+
+def test_whether_flips_are_safe_comes_from_the_source(synthetic, source, trained):
+    run(synthetic, source, repeats=1, baselines=())
+    run(synthetic, source.with_mirror_safe(False), repeats=1, baselines=())
+    assert [record[2] for record in trained] == [True, False]
+
+
+def test_test_images_are_standardised_by_the_sets_statistics(source, monkeypatch):
+    seen = []
+    monkeypatch.setattr(score_module, "accuracy", lambda network, test, *, chunk: seen.append(test) or 0.5)
+    other = Normalization((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    made = synthesize(RandomReal(ipc=1), source.normalized_by(other))
+    run(made, source, repeats=1, baselines=())
+    (test,) = seen
+    assert test.normalization == other != source.normalization
+    assert torch.equal(test.images, source.test.images)
+    # so a set scores the same, whatever statistics the source at hand was measured or loaded with
+    monkeypatch.undo()
+    assert values(run(made, source)) == values(run(made, source.normalized_by(other)))
+
+
+# What comes out ----------------------------------------------------------------------------------------------
+
+
+def test_the_random_images_themselves_gain_exactly_nothing(source):
+    rng = Rng(9, job="repeat/0")
+    index = source.per_class_indices(range(3), 2, rng.at("random real"))
+    result = run(stored(source.gather(index), source.targets[index], source), source, repeats=1, seed=9)
+    assert result.gain.values == (0.0,)
+
+
+def test_pairing_holds_in_every_repeat(source):
+    # all images of a class are alike, so the random row equals the set whatever it draws
+    images = source.images[[0, 12, 24]].repeat_interleave(5, 0)
+    alike = ImageSource("alike", source.classes, images, torch.arange(3).repeat_interleave(5), open_test=lambda: source.test)
+    result = run(synthesize(RandomReal(ipc=3), alike), alike, repeats=3)
+    assert result.gain.values == (0.0, 0.0, 0.0)
+    assert len(set(result.accuracy.values)) > 1  # networks differ between repeats
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_one_others(synthetic, source):
+    first = values(run(synthetic, source, repeats=3))
+    torch.rand(3)
+    assert values(run(synthetic, source, repeats=3)) == first
+    assert values(run(synthetic, source, repeats=3, seed=1)) != first
+    shorter = values(run(synthetic, source, repeats=2, baselines=()))
+    assert shorter["synthetic"] == first["synthetic"][:2]  # a repeat does not depend on the others, nor on rows
+
+
+class Dropping(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(192, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+
+
+def test_networks_that_draw_from_the_global_generator_are_seeded_too(synthetic, source, monkeypatch):
+    monkeypatch.setattr(spec_module, "_registered", {"dropping": lambda shape, classes: Dropping()})
+    protocol = replace(QUICK, network=NetworkSpec("dropping"))
+    state = torch.get_rng_state()
+    first = values(run(synthetic, source, protocol=protocol))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(123)
+    assert values(run(synthetic, source, protocol=protocol)) == first
+
+
+def test_learning_shows(source):
+    """Three brightness levels are told apart after some epochs: the labels reach the loss the right way round."""
+    protocol = replace(QUICK, epochs=40, augmentation=None)
+    result = run(synthesize(RandomReal(ipc=10), source), source, protocol=protocol, baselines=("whole",))
+    assert result.accuracy.mean > 0.9
+    assert result.scores["whole"].mean > 0.9
+    assert result.gain is None
+
+
+def test_an_absurd_step_size_is_divergence_and_not_a_score(synthetic, source):
+    with pytest.raises(Diverged, match="training of mlp, job 'repeat 0', iteration 3: a parameter is not finite") as caught:
+        run(synthetic, source, protocol=replace(QUICK, lr=1e30))
+    assert caught.value.exit_code == 4
+
+
+# What is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"repeats": 0}, InvalidSetting, "repeats = 0"),
+        ({"repeats": 1.5}, InvalidSetting, "repeats = 1.5"),
+        ({"repeats": None}, InvalidSetting, "repeats = None"),
+        ({"whole_epochs": 0}, InvalidSetting, "whole_epochs = 0"),
+        ({"whole_epochs": "3"}, InvalidSetting, "whole_epochs = '3'"),
+        ({"baselines": ("randon",)}, UnknownName, "unknown baseline 'randon'; did you mean 'random'"),
+        ({"protocol": "dsaa"}, UnknownName, "did you mean 'dsa'"),
+        ({"device": "cuda:99"}, DeviceUnavailable, "cuda:99"),
+        ({"seed": "0"}, InvalidSetting, "seed = '0'"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_training(options, error, message, synthetic, source, trained):
+    with pytest.raises(error, match=message):
+        run(synthetic, source, **options)
+    assert not trained
+
+
+def test_sets_of_other_tasks_are_refused(synthetic, source, trained):
+    with pytest.raises(BadData, match=r"has classes 3 \(a, b, c\) but 'toy' has 3 \(red, green, blue\)"):
+        run(replace(synthetic, classes=("a", "b", "c")), source)
+    with pytest.raises(BadData, match="classes"):
+        run(replace(synthetic, classes=("green", "red", "blue")), source)  # an order of its own
+    with pytest.raises(BadData, match=r"images are \(3, 4, 4\), those of 'toy' are \(3, 8, 8\)"):
+        run(stored(torch.zeros(3, 3, 4, 4), [0, 1, 2], source), source)
+    grey = stored(torch.zeros(3, 1, 8, 8), [0, 1, 2], source, normalization=Normalization((0.5,), (0.5,)))
+    with pytest.raises((BadData, ShapeMismatch)):
+        run(grey, source)
+    assert not trained
+
+
+def test_a_source_without_test_split_is_refused(synthetic, source, trained):
+    alone = ImageSource("alone", source.classes, source.images, source.targets)
+    for closed in (alone, source.train_only()):
+        with pytest.raises(BadData, match="no test split|closed"):
+            run(synthetic, closed)
+    assert not trained
+
+
+def test_baselines_may_repeat_or_be_absent(synthetic, source):
+    assert list(run(synthetic, source, repeats=1, baselines=["random", "random"]).scores) == ["synthetic", "random"]
+    assert list(run(synthetic, source, repeats=1, baselines=[]).scores) == ["synthetic"]
+
+
+# The result --------------------------------------------------------------------------------------------------
+
+
+def made_by_hand(n=2, baselines=("random", "whole")):
+    rows = ("synthetic", *baselines)
+    scores = {"synthetic": (0.5, 0.6)[:n], "random": (0.4, 0.55)[:n], "whole": (0.9, 0.9)[:n]}
+    return EvaluationResult(
+        protocol=QUICK,
+        scores={row: Score(scores[row]) for row in rows},
+        seconds=dict.fromkeys(rows, 1.23456),
+        images={row: {"whole": 36}.get(row, 6) for row in rows},
+        epochs={row: {"whole": 2}.get(row, 3) for row in rows},
+        peak_memory=1000,
+        seed=4,
+        context={"versions": {"torch": "2"}},
+    )
+
+
+def test_the_table_reads_like_this():
+    assert str(made_by_hand()) == (
+        "training images     images  epochs  test accuracy %  95 % interval  n\n"
+        "----------------------------------------------------------------------\n"
+        "synthetic set            6       3            55.00        ± 63.53  2\n"
+        "random real images       6       3            47.50        ± 95.30  2\n"
+        "whole training set      36       2            90.00         ± 0.00  2\n"
+        "synthetic - random, paired by seed: +7.50 ± 31.77 points\n"
+        "protocol 'quick', mlp, fresh network and last epoch in every repeat"
+    )
+
+
+def test_one_repeat_claims_no_interval():
+    text = str(made_by_hand(n=1))
+    assert "±" not in text
+    assert "nan" not in text
+    assert "paired by seed: +10.00 points" in text
+    assert "paired" not in str(made_by_hand(baselines=()))
+    assert made_by_hand(baselines=()).gain is None
+
+
+def test_the_json_has_every_field(synthetic, source):
+    result = run(synthetic, source, baselines=("random", "whole"), whole_epochs=1, seed=6)
+    content = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert set(content) == {
+        "format", "schema_version", "protocol", "selection", "seed", "scores", "gain_over_random", "images", "epochs",
+        "seconds", "peak_memory_bytes", "synthetic", "source", "device", "versions",
+    }  # fmt: skip
+    assert (content["format"], content["schema_version"], content["seed"]) == ("dsdistill.evaluation", 1, 6)
+    assert content["protocol"]["type"] == "EvaluationProtocol"
+    assert (content["protocol"]["name"], content["protocol"]["network"]["name"]) == ("quick", "mlp")
+    assert content["scores"]["synthetic"] == result.accuracy.to_json()
+    gain = paired_difference(result.scores["synthetic"].values, result.scores["random"].values)
+    assert content["gain_over_random"] == gain.to_json() == result.gain.to_json()
+    assert content["images"] == {"synthetic": 6, "random": 6, "whole": 36}
+    assert content["epochs"] == {"synthetic": 3, "random": 3, "whole": 1}
+    assert set(content["seconds"]) == {"synthetic", "random", "whole"}
+    assert all(seconds > 0 for seconds in content["seconds"].values())
+    assert content["peak_memory_bytes"] > 2**20
+    assert content["synthetic"]["method"]["type"] == "RandomReal"
+    assert (content["synthetic"]["seed"], content["synthetic"]["ipc"]) == (3, 2)
+    assert content["synthetic"]["bytes"] == {"images": 6 * 192 * 4, "labels": 24}
+    assert content["source"] == {"name": "toy", "fingerprint": source.fingerprint}
+    assert (content["device"]["type"], content["device"]["threads"]) == ("cpu", torch.get_num_threads())
+    assert content["versions"]["torch"] == torch.__version__
+    assert run(synthetic, source, repeats=1).to_json()["scores"]["random"]["std"] is None
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    result = made_by_hand()
+    path = result.save(str(tmp_path / "below" / "score.json"))
+    assert json.loads(path.read_text()) == result.to_json()
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace(result, seed=5).save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["score.json"]
+
+
+def test_a_bad_number_is_never_saved(tmp_path):
+    result = replace(made_by_hand(), context={"versions": {"x": float("nan")}})
+    with pytest.raises(ValueError, match="Out of range float"):
+        result.save(tmp_path / "score.json")
+    assert not list(tmp_path.iterdir())
