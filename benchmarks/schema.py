@@ -126,13 +126,17 @@ class Equality(_Strict):
 
 
 class Speed(Record):
-    """Paired timings, valid only together with a passed equality check. Seconds are per ``unit``."""
+    """Paired timings, valid only together with a passed equality check. Seconds are per ``unit``.
+
+    ``other_load`` is the most cores that other programs used during any of the timed processes.
+    """
 
     kind: Literal["speed"] = "speed"
     unit: str
     settings: dict[str, Any]
     warmups: Annotated[int, Field(ge=0)]
     target: Positive
+    other_load: Annotated[float, Field(ge=0)]
     comparisons: Annotated[list[Comparison], Field(min_length=1)]
     equality: Annotated[list[Equality], Field(min_length=1)]
 

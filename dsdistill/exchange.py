@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
+from torch import Tensor
+
 from dsdistill.core import storage
 from dsdistill.errors import InvalidSetting, OutputConflict
 
@@ -39,6 +41,16 @@ def export(synthetic: "SyntheticDataset", path: Path, format: str) -> Export:
     return _export_folder(synthetic, path) if format == "folder" else _export_npz(synthetic, path)
 
 
+def encode_png(image: Tensor) -> bytes:
+    """(3, H, W) or (1, H, W) uint8 -> PNG bytes."""
+    from PIL import Image
+
+    array = image.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
 def class_folder(name: str) -> str:
     """A class name as a folder name: characters that a file system may refuse are percent-quoted."""
     quoted = quote(name, safe=" !#$&'()+,-;=@[]^_`{}~").strip(" .")
@@ -46,8 +58,6 @@ def class_folder(name: str) -> str:
 
 
 def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
-    from dsdistill.synthetic import encode_png
-
     images, _ = synthetic.tensors()
     unit = synthetic.normalization.to_unit(images)
     pixels = synthetic.normalization.to_uint8(images)

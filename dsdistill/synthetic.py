@@ -20,7 +20,7 @@ from dsdistill import exchange
 from dsdistill.core import storage
 from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict, ShapeMismatch
-from dsdistill.exchange import Export
+from dsdistill.exchange import Export, encode_png
 from dsdistill.labels import KINDS, Labels
 from dsdistill.parameterizations import FORMS, Parameterization
 
@@ -204,7 +204,10 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         return replace(first, images=images.subset(order), labels=labels.subset(order))
 
     def grid(self, per_class: int = 10) -> Tensor:
-        """A picture of the set: one row per class (at most 20 rows), ``per_class`` images each; (3, H', W') uint8."""
+        """A picture of the set, (3, H', W') uint8: the first 20 classes, ``per_class`` images each.
+
+        One row per class; a set with one image per class is laid out ten in a row.
+        """
         from torchvision.utils import make_grid
 
         unit = self.normalization.to_unit(self._images).clamp(0, 1)
@@ -213,9 +216,9 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         columns = min(per_class, int(torch.bincount(targets).max()))
         blank = torch.ones(columns, *unit.shape[1:])
         rows = [torch.cat([unit[targets == c][:columns], blank])[:columns] for c in range(min(20, len(self.classes)))]
-        zoom = max(1, 32 // unit.shape[-1])
+        zoom = max(1, 64 // unit.shape[-1])
         tiles = torch.cat(rows).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-        picture: Tensor = make_grid(tiles, nrow=columns, padding=2, pad_value=1.0)
+        picture: Tensor = make_grid(tiles, nrow=columns if columns > 1 else 10, padding=2, pad_value=1.0)
         return (picture * 255).round().to(torch.uint8)
 
     # -- files -------------------------------------------------------------------------------------------------
@@ -323,18 +326,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def encode_png(image: Tensor) -> bytes:
-    """(3, H, W) or (1, H, W) uint8 -> PNG bytes."""
-    import io
-
-    from PIL import Image
-
-    array = image.permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def _card(synthetic: SyntheticDataset) -> str:
     recipe, size = synthetic.recipe, synthetic.nbytes
     settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in recipe.method.items() if key != "type")
@@ -347,9 +338,9 @@ source_datasets: ["{source_name}"]
 task_categories: [image-classification]
 ---
 
-# {recipe.method.get("type", "Synthetic set")}: {synthetic.ipc} images per class of {source_name}
+# {recipe.method.get("type", "Synthetic set")}: {synthetic.ipc} per class of {source_name}
 
-![one row per class](grid.png)
+![the images, class by class](grid.png)
 
 {len(synthetic)} synthetic images {"x".join(map(str, synthetic.shape))} (channels x height x width) of
 {len(synthetic.classes)} classes ({classes}), distilled from {sum(recipe.source.get("counts", []))} real images.

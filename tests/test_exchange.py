@@ -62,7 +62,9 @@ def test_pixels_are_clipped_and_rounded_to_8_bits_and_the_loss_is_told(shape, tm
     outside = (unit < 0) | (unit > 1)
     assert 0.2 < outside.mean() < 0.5
     assert report.clipped == pytest.approx(outside.mean(), abs=1e-7)
-    assert report.rounding == pytest.approx(np.abs(np.rint(unit.clip(0, 1) * 255) / 255 - unit.clip(0, 1)).max(), abs=1e-6)
+    assert report.rounding == pytest.approx(
+        np.abs(np.rint(unit.clip(0, 1) * 255) / 255 - unit.clip(0, 1)).max(), abs=1e-6
+    )
 
 
 def test_one_pixel_clipped_and_one_rounded_by_a_known_amount(tmp_path):

@@ -19,9 +19,9 @@ LAYERS = [
     {"engine"},
     {"methods", "evaluation"},
     {"testing"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
-SIDEWAYS = {("core", "errors"), ("synthetic", "exchange")}
+SIDEWAYS = {("__main__", "cli"), ("core", "errors"), ("synthetic", "exchange")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

@@ -328,7 +328,9 @@ def test_pictures_of_grey_oblong_uneven_and_many_classed_sets():
     assert make((0, 0, 0), shape=(3, 32, 32)).grid(per_class=2).shape == (3, 2 + 3 * 34, 2 + 2 * 34)
 
 
-@pytest.mark.parametrize("name", ["\udcff\udce9t\udce9", "\U0001f408 \u732b", "\u202eright-to-left", "a\x00b", " \n", ""])
+@pytest.mark.parametrize(
+    "name", ["\udcff\udce9t\udce9", "\U0001f408 \u732b", "\u202eright-to-left", "a\x00b", " \n", ""]
+)
 def test_any_class_name_survives(name, tmp_path):
     made = make(classes=("heron", name, "owl"))
     loaded = SyntheticDataset.load(made.save(tmp_path / "set"))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.schema import RESULTS, ROOT, Comparison, Equality, write_result
+from benchmarks.speed.quiet import OtherLoad, wait_for_quiet
 from dsdistill.cli.allocator import keep_freed_memory
 from dsdistill.core.device import synchronize
 
@@ -28,6 +29,8 @@ VARIANTS = {
     "loops kept": ["--worker", "loops", "--keep-memory"],
     "dsdistill kept": ["--worker", "dsdistill", "--keep-memory"],
 }
+OTHERS = 0.15  # cores that other programs may use during a timing
+REPEATS = 4
 COMPARISONS = {
     "library call": ("loops", "dsdistill"),
     "command line (keeps freed memory)": ("loops", "dsdistill kept"),
@@ -66,30 +69,47 @@ def prepare(options: argparse.Namespace) -> None:
         sys.exit("the allocator of this C library cannot be tuned")
 
 
-def measure(module: str, runs: int) -> dict[str, list[float]]:
-    """Seconds of every variant, ``runs`` rounds, with the options of this process."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+def measure(module: str, runs: int) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of every variant, ``runs`` rounds, with the options of this process; cores that others used meanwhile.
+
+    A process during which other programs used more than ``OTHERS`` cores is repeated, at most ``REPEATS`` times.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    loads = []
     for run in range(runs):
         for name, arguments in VARIANTS.items():
-            line = [sys.executable, "-m", module, *sys.argv[1:], *arguments]
-            done = subprocess.run(line, cwd=ROOT, env=clean, check=True, stdout=subprocess.PIPE, text=True)
-            seconds[name].append(json.loads(done.stdout.splitlines()[-1])["seconds"])
-            print(f"round {run + 1}/{runs}  {name:16s} {seconds[name][-1]:.4f} s", flush=True)
-    return seconds
+            for _ in range(REPEATS):
+                wait_for_quiet(OTHERS, patience=120)
+                with OtherLoad() as others:
+                    value = _once(module, arguments)
+                print(
+                    f"round {run + 1}/{runs}  {name:16s} {value:.4f} s  (others: {others.cores:.2f} cores)", flush=True
+                )
+                if others.cores <= OTHERS:
+                    break
+            seconds[name].append(value)
+            loads.append(round(others.cores, 3))
+    return seconds, loads
+
+
+def _once(module: str, arguments: list[str]) -> float:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    line = [sys.executable, "-m", module, *sys.argv[1:], *arguments]
+    done = subprocess.run(line, cwd=ROOT, env=clean, check=True, stdout=subprocess.PIPE, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 
 
 def publish(options: argparse.Namespace, module: str, name: str, content: dict[str, Any]) -> None:
     """Measure all variants, print the ratios and write the result."""
-    seconds = measure(module, options.runs)
+    seconds, loads = measure(module, options.runs)
     found = [Comparison.of(label, a, b, seconds[a], seconds[b]) for label, (a, b) in COMPARISONS.items()]
     for one in found:
         a, b = (statistics.median(values) for values in (one.a, one.b))
         ratios = f"median ratio {one.median_ratio:.2f} ({one.min_ratio:.2f} to {one.max_ratio:.2f}, n={one.n})"
         print(f"{one.label}: {one.a_name} {a:.3f} s, {one.b_name} {b:.3f} s, {ratios}")
     out = options.out or RESULTS / f"{name}-{torch.device(options.device).type}.json"
-    comparisons = [one.model_dump() for one in found]
-    write_result(out, {**content, "comparisons": comparisons}, seed=options.seed, device=options.device)
+    content |= {"comparisons": [one.model_dump() for one in found], "other_load": max(loads)}
+    write_result(out, content, seed=options.seed, device=options.device)
     print(f"written to {out}")
 
 

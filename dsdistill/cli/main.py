@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _instantiated(parser: ArgumentParser, config: Namespace) -> Namespace:
     try:
-        instantiated: Namespace = parser.instantiate_classes(config)
+        instantiated: Namespace = parser.instantiate(config)
         return instantiated
     except ValueError as error:  # the library wraps what our settings raise
         cause: BaseException | None = error

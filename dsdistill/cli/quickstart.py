@@ -7,6 +7,11 @@ import dsdistill as dd
 from dsdistill.evaluation import EvaluationResult, get_protocol
 from dsdistill.networks import NetworkSpec
 
+# Chosen so that everything takes well under a minute on two cores.
+ITERATIONS = 300
+EPOCHS = {"epochs": 150, "whole_epochs": 8}
+REPEATS = 10
+
 
 def quickstart(out: Path, *, seed: int = 0, device: str | None = None, overwrite: bool = False) -> EvaluationResult:
     """Distil scikit-learn's digits (8x8, bundled, nothing is downloaded) with DM and score the set.
@@ -18,16 +23,18 @@ def quickstart(out: Path, *, seed: int = 0, device: str | None = None, overwrite
     """
     source = dd.data.load("digits")
     network = NetworkSpec("convnet", width=64, depth=2)
-    method = dd.methods.DM(ipc=1, iterations=300, real_batch=64, network=network)
+    method = dd.methods.DM(ipc=1, iterations=ITERATIONS, real_batch=64, network=network)
     synthetic = dd.synthesize(method, source, seed=seed, device=device, out=out, overwrite=overwrite)
-    protocol = replace(get_protocol("dm"), name="dm with 150 epochs, ConvNet-D2-W64", epochs=150, network=network)
+    protocol = replace(
+        get_protocol("dm"), name="dm, fewer epochs, ConvNet-D2-W64", epochs=EPOCHS["epochs"], network=network
+    )
     result = dd.evaluate(
         synthetic,
         source,
         protocol=protocol,
-        repeats=10,
+        repeats=REPEATS,
         baselines=("random", "whole"),
-        whole_epochs=20,
+        whole_epochs=EPOCHS["whole_epochs"],
         seed=seed,
         device=device,
     )

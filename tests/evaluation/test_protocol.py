@@ -9,7 +9,9 @@ from dsdistill.evaluation import EvaluationProtocol, get_protocol, list_protocol
 from dsdistill.networks import NetworkSpec
 
 
-@pytest.mark.parametrize(("name", "epochs", "views"), [("dc", 300, None), ("dsa", 1000, Siamese()), ("dm", 1000, Siamese())])
+@pytest.mark.parametrize(
+    ("name", "epochs", "views"), [("dc", 300, None), ("dsa", 1000, Siamese()), ("dm", 1000, Siamese())]
+)
 def test_named_protocols_are_the_published_rows(name, epochs, views):
     protocol = get_protocol(name)
     assert protocol.name == name

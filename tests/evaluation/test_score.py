@@ -1,4 +1,5 @@
 import importlib
+import importlib.metadata
 import json
 import os
 from dataclasses import replace
@@ -138,7 +139,9 @@ def test_the_random_images_themselves_gain_exactly_nothing(source):
 def test_pairing_holds_in_every_repeat(source):
     # all images of a class are alike, so the random row equals the set whatever it draws
     images = source.images[[0, 12, 24]].repeat_interleave(5, 0)
-    alike = ImageSource("alike", source.classes, images, torch.arange(3).repeat_interleave(5), open_test=lambda: source.test)
+    alike = ImageSource(
+        "alike", source.classes, images, torch.arange(3).repeat_interleave(5), open_test=lambda: source.test
+    )
     result = run(synthesize(RandomReal(ipc=3), alike), alike, repeats=3)
     assert result.gain.values == (0.0, 0.0, 0.0)
     assert len(set(result.accuracy.values)) > 1  # networks differ between repeats
@@ -178,7 +181,9 @@ def test_learning_shows(source):
 
 
 def test_an_absurd_step_size_is_divergence_and_not_a_score(synthetic, source):
-    with pytest.raises(Diverged, match="training of mlp, job 'repeat 0', iteration 3: a parameter is not finite") as caught:
+    with pytest.raises(
+        Diverged, match="training of mlp, job 'repeat 0', iteration 3: a parameter is not finite"
+    ) as caught:
         run(synthetic, source, protocol=replace(QUICK, lr=1e30))
     assert caught.value.exit_code == 4
 
@@ -253,7 +258,7 @@ def made_by_hand(n=2, baselines=("random", "whole")):
 def test_the_table_reads_like_this():
     assert str(made_by_hand()) == (
         "training images     images  epochs  test accuracy %  95 % interval  n\n"
-        "----------------------------------------------------------------------\n"
+        "---------------------------------------------------------------------\n"
         "synthetic set            6       3            55.00        ± 63.53  2\n"
         "random real images       6       3            47.50        ± 95.30  2\n"
         "whole training set      36       2            90.00         ± 0.00  2\n"
@@ -294,7 +299,7 @@ def test_the_json_has_every_field(synthetic, source):
     assert content["synthetic"]["bytes"] == {"images": 6 * 192 * 4, "labels": 24}
     assert content["source"] == {"name": "toy", "fingerprint": source.fingerprint}
     assert (content["device"]["type"], content["device"]["threads"]) == ("cpu", torch.get_num_threads())
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == importlib.metadata.version("torch")
     assert run(synthetic, source, repeats=1).to_json()["scores"]["random"]["std"] is None
 
 

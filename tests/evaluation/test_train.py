@@ -39,7 +39,9 @@ def slow_train(network, images, targets, protocol, rng, augmentation=None):
         shuffled = torch.randperm(len(targets), generator=order).tolist()
         for begin in range(0, len(targets), protocol.batch_size):
             rows = shuffled[begin : begin + protocol.batch_size]
-            record = augmentation.sample(len(rows), tuple(images.shape[1:]), views, per="image") if augmentation else None
+            record = (
+                augmentation.sample(len(rows), tuple(images.shape[1:]), views, per="image") if augmentation else None
+            )
             loss = torch.zeros(())
             for position, row in enumerate(rows):
                 image = images[row : row + 1]
@@ -81,9 +83,7 @@ def test_training_is_sgd_written_out(spec, batch_size):
 def test_each_image_gets_its_own_view_and_flips_only_where_they_are_safe(mirror_safe):
     images, targets = examples()
     ops = Siamese(("flip", "crop", "color"))
-    protocol = EvaluationProtocol(
-        network=NetworkSpec("mlp", width=8), epochs=4, lr=0.2, batch_size=4, augmentation=ops
-    )
+    protocol = EvaluationProtocol(network=NetworkSpec("mlp", width=8), epochs=4, lr=0.2, batch_size=4, augmentation=ops)
     network = fresh_network(protocol, SHAPE, 3, RNG)
     reference = copy.deepcopy(network)
     train(network, training_set(images, targets), protocol, RNG, mirror_safe=mirror_safe)
@@ -120,7 +120,12 @@ def test_batch_normalisation_gets_each_batch_whole(monkeypatch):
     monkeypatch.setattr(train_module, "default_chunk", lambda shape, device: 2)
     images, targets = examples(8)
     protocol = EvaluationProtocol(
-        network=NetworkSpec(width=4, depth=1, norm="batch"), epochs=1, lr=0.1, momentum=0.0, weight_decay=0.0, batch_size=8
+        network=NetworkSpec(width=4, depth=1, norm="batch"),
+        epochs=1,
+        lr=0.1,
+        momentum=0.0,
+        weight_decay=0.0,
+        batch_size=8,
     )
     network = fresh_network(protocol, SHAPE, 3, RNG)
     reference = copy.deepcopy(network)
@@ -270,7 +275,8 @@ def test_a_fresh_network_follows_from_the_repeat_alone(monkeypatch):
     for spec in (NetworkSpec("fine"), NetworkSpec("mlp", width=4), NetworkSpec(width=4, depth=1, norm="batch")):
         protocol = EvaluationProtocol(network=spec)
         one, again, other, third = (
-            parameter_digest(fresh_network(protocol, SHAPE, 3, rng)) for rng in (RNG, RNG, Rng(5, job="repeat/1"), Rng(6, job="repeat/0"))
+            parameter_digest(fresh_network(protocol, SHAPE, 3, rng))
+            for rng in (RNG, RNG, Rng(5, job="repeat/1"), Rng(6, job="repeat/0"))
         )
         assert one == again
         assert len({one, other, third}) == 3

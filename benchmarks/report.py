@@ -1,0 +1,144 @@
+"""Tables of the committed results: rewrites README.md between ``<!-- results -->`` and ``<!-- /results -->``."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+Json = dict[str, Any]
+
+
+def tables(folder: Path = RESULTS) -> str:
+    """All tables as Markdown; a kind without results has none."""
+    results = [(path, json.loads(path.read_bytes())) for path in sorted(folder.glob("*.json"))]
+    parts = []
+    for kind, (title, columns, rows_of) in _TABLES.items():
+        rows = [
+            [*row, _where(result), _link(path)]
+            for path, result in results
+            if result["kind"] == kind
+            for row in rows_of(result)
+        ]
+        if rows:
+            parts.append(f"{title}\n\n{_markdown([*columns, 'hardware', 'file'], rows)}")
+    return "\n\n".join(parts)
+
+
+def updated(readme: str) -> str:
+    """The README with fresh tables.
+
+    Raises:
+        ValueError: it does not hold both marks, in order.
+    """
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
+    return f"{head}{begin}\n\n{tables()}\n\n{end}{tail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if the tables are out of date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = updated(before)
+    if options.check:
+        if after != before:
+            print("the tables of README.md are out of date: run python benchmarks/report.py", file=sys.stderr)
+        return int(after != before)
+    path.write_text(after, encoding="utf-8")
+    return 0
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def _speed(result: Json) -> list[list[str]]:
+    return [
+        [
+            result["title"],
+            one["label"],
+            _seconds(one["a"]),
+            _seconds(one["b"]),
+            f"**{one['median_ratio']:.2f}x** ({one['min_ratio']:.2f} to {one['max_ratio']:.2f})",
+            str(one["n"]),
+        ]
+        for one in result["comparisons"]
+    ]
+
+
+def _quality(result: Json) -> list[list[str]]:
+    rows = result["rows"]
+    figures = [_percent(rows[row]["accuracy"]) if row in rows else "" for row in ("synthetic", "random", "whole")]
+    gain = result["gain_over_random"]
+    published = "" if result["published"] is None else f"{100 * result['published']:.1f}"
+    protocol = f"{result['protocol']['name']}, {rows['synthetic']['epochs']} epochs"
+    steps = result["method"].get("iterations")
+    title = result["title"] + (f", {steps:,} steps" if steps else "")
+    n = str(rows["synthetic"]["accuracy"]["n"])
+    return [[title, protocol, *figures, _percent(gain, "+") if gain else "", published, n]]
+
+
+def _resume(result: Json) -> list[list[str]]:
+    late = sum(kill["after_first_step"] for kill in result["kills"])
+    outcome = "same bytes as uninterrupted" if result["equal"] else "**different bytes**"
+    return [
+        [
+            result["title"],
+            f"{late} of {len(result['kills'])} kills after the first step",
+            outcome,
+            str(len(result["kills"])),
+        ]
+    ]
+
+
+_TABLES = {
+    "quality": (
+        "Test accuracy in %, ± half of the 95 % interval over networks:",
+        ["what", "protocol", "distilled", "random real", "whole set", "gain over random", "published", "n"],
+        _quality,
+    ),
+    "speed": (
+        "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",
+        ["what", "allocator", "plain loops", "dsdistill", "median ratio (range)", "n"],
+        _speed,
+    ),
+    "resume": ("Runs killed with SIGKILL and started again:", ["what", "when", "outcome", "n"], _resume),
+}
+
+
+# -- cells -------------------------------------------------------------------------------------------------------
+
+
+def _percent(score: Json, sign: str = "") -> str:
+    spread = "" if score["ci95"] is None else f" ± {100 * score['ci95']:.1f}"
+    return f"{100 * score['mean']:{sign}.1f}{spread}"
+
+
+def _seconds(values: list[float]) -> str:
+    return f"{statistics.median(values):.3g} s"
+
+
+def _where(result: Json) -> str:
+    hardware = result["hardware"]
+    return hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+
+
+def _link(path: Path) -> str:
+    return f"[{path.stem}](benchmarks/results/{path.name})"
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
