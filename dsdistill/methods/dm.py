@@ -24,8 +24,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from dsdistill.augmentations import Augmentation, Siamese, Views
-from dsdistill.engine import Job, Metrics, Run, State, Synthesizer
-from dsdistill.engine.synthesizer import random_real
+from dsdistill.engine import Job, Metrics, Run, State, Synthesizer, random_real
 from dsdistill.networks import NetworkSpec, embed, has_batchnorm
 from dsdistill.objectives.distribution import class_sums, mean_distance
 

@@ -6,8 +6,7 @@ Draws ``ipc`` distinct images of each class uniformly. Every table needs this ro
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsdistill.engine import Job, Run, State, Synthesizer
-from dsdistill.engine.synthesizer import random_real
+from dsdistill.engine import Job, Run, State, Synthesizer, random_real
 
 
 @dataclass(frozen=True, kw_only=True)

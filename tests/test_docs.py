@@ -1,0 +1,49 @@
+"""The code that README and CONTRIBUTING show runs as it stands there."""
+
+import re
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsdistill.evaluation import protocol
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_method_of_contributing_keeps_the_contract(monkeypatch):
+    module = types.ModuleType("sharpen")
+    monkeypatch.setitem(sys.modules, "sharpen", module)  # dataclasses look their module up
+    method, contract = python_blocks("CONTRIBUTING.md")
+    exec(method + contract, module.__dict__)
+    assert module.Sharpen(ipc=1).steps == 1000
+
+
+def test_the_calls_of_readme_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    quick = {"dsa": replace(protocol.PROTOCOLS["dsa"], epochs=1)}
+    monkeypatch.setattr(protocol, "PROTOCOLS", quick)
+    calls, loader = python_blocks("README.md")
+    assert "iterations=500" in calls
+    calls = calls.replace("iterations=500", "iterations=1").replace("repeats=5", "repeats=1")
+    names: dict[str, object] = {}
+    exec(calls + loader, names)
+    assert "random real images" in capsys.readouterr().out
+    images, targets = names["images"], names["targets"]
+    assert images.dtype == torch.float32
+    assert images.shape[1:] == (1, 8, 8)
+    assert targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+def test_links_between_documents_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / name).parent / target).exists(), target
