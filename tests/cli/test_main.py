@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import dsdistill as dd
-from dsdistill.cli import main as cli
-from dsdistill.cli.main import VERBS, main
+from dsdistill.cli import verbs
+from dsdistill.cli.main import main
+from dsdistill.cli.verbs import VERBS
 
 SMALL = ["--method", "DM", "--method.ipc", "1", "--method.iterations", "3", "--method.real_batch", "4"]
 NETWORK = ["--method.network.name", "convnet", "--method.network.width", "8"]
@@ -234,7 +235,7 @@ def test_an_interrupt_outside_a_run_exits_with_130(monkeypatch, capsys):
     def interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "methods", cli.Verb("help", "", VERBS["methods"].arguments, interrupt))
+    monkeypatch.setitem(VERBS, "methods", verbs.Verb("help", "", VERBS["methods"].arguments, interrupt))
     assert run("methods") == 130
 
 
