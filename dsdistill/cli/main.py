@@ -1,6 +1,7 @@
 """``dsdistill VERB``: parsers come from the typed settings through jsonargparse, work is done by the library."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from dsdistill.cli.allocator import keep_freed_memory
 
     keep_freed_memory()
+    logging.basicConfig(format="dsdistill: %(message)s", level=logging.WARNING)
+    logging.getLogger("dsdistill").setLevel(logging.INFO)
     parser = build_parser()
     config = parser.parse_args(arguments)
     verb, settings = config.subcommand, config[config.subcommand]

@@ -1,5 +1,6 @@
 """What each verb of the command line takes and does."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Annotated, Any
 
 from annotated_types import Gt, Lt
 from jsonargparse import ArgumentParser, Namespace
+
+from dsdistill.errors import DistillError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,10 @@ def _synthesize_arguments(parser: ArgumentParser) -> None:
     from dsdistill.methods import get_method, list_methods
 
     for name in list_methods():  # a class must be imported for the parser to know it by name
-        get_method(name)
+        try:
+            get_method(name)
+        except DistillError as error:  # of another package: no reason to fail those who do not use it
+            logging.getLogger("dsdistill").warning("%s", error)
     _data_arguments(parser)
     parser.add_subclass_arguments(
         Synthesizer,

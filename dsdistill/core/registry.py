@@ -31,10 +31,13 @@ class Registry(Generic[T]):
     @cached_property
     def _locations(self) -> dict[str, str]:
         locations = dict(self.table)
+        ours = {name.lower(): value for name, value in self.table.items()}
         for entry in entry_points(group=self.group):
-            if entry.name in self.table and entry.value != self.table[entry.name]:
+            hidden_by = ours.get(entry.name.lower())
+            if hidden_by is None:
+                locations.setdefault(entry.name, entry.value)
+            elif hidden_by != entry.value:
                 logger.warning("%s %r of %s is hidden by the built-in one", self.kind, entry.name, entry.value)
-            locations.setdefault(entry.name, entry.value)
         return locations
 
     def names(self, pattern: str = "") -> list[str]:
@@ -49,7 +52,8 @@ class Registry(Generic[T]):
             DistillError: the name is taken by another class, or the class has the wrong base.
         """
         self._check(name, entry)
-        if name in self._locations or self._added.get(name, entry) is not entry:
+        taken = {known.lower() for known in self.names()}
+        if name.lower() in taken and self._added.get(name) is not entry:
             raise DistillError(f"{self.kind} {name!r} is registered already; choose another name")
         self._added[name] = entry
 
@@ -58,6 +62,7 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownName: with the nearest known name.
+            DistillError: the module that should hold it cannot be imported, or holds something else.
         """
         actual = {known.lower(): known for known in self.names()}.get(name.lower())
         if actual is None:
@@ -65,7 +70,10 @@ class Registry(Generic[T]):
         if actual in self._added:
             return self._added[actual]
         module, _, attribute = self._locations[actual].partition(":")
-        entry: type[T] = getattr(importlib.import_module(module), attribute)
+        try:
+            entry: type[T] = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise DistillError(f"{self.kind} {actual!r} cannot be loaded from {module}:{attribute}: {error}") from error
         self._check(actual, entry)
         return entry
 

@@ -50,8 +50,8 @@ def isolated_global_rng(device: torch.device) -> Iterator[None]:
     Library code that knows no generator argument (module initialisation, dropout) draws from the global
     generators; inside this context, `seed_global` may set them without the caller ever noticing.
     """
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    kind = device.type if device.type in ("cuda", "mps") else "cuda"
+    with torch.random.fork_rng(devices=[device] if device.type != "cpu" else [], device_type=kind):
         yield
 
 

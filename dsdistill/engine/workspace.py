@@ -67,6 +67,8 @@ class Workspace:
             raise
         for folder in (self.folder, self.run):
             storage.sweep_temporaries(folder)
+        if self.finished:
+            shutil.rmtree(self.run / "jobs", ignore_errors=True)  # a kill may have come before this
         if not (self.run / _RUN).exists() and not self.finished:
             storage.write_json(self.run / _RUN, storage.sealed(self.recipe.to_json()))
         return self

@@ -1,5 +1,6 @@
 """`evaluate`: the score of a set under a protocol, beside random real images and the whole training set."""
 
+import logging
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -21,6 +22,7 @@ from dsdistill.evaluation.statistics import Score, paired_difference
 from dsdistill.evaluation.train import TrainingSet, accuracy, fresh_network, train
 from dsdistill.synthetic import SyntheticDataset, library_versions
 
+logger = logging.getLogger("dsdistill")
 BASELINES = ("random", "whole")
 
 
@@ -222,6 +224,12 @@ def _check(
         )
     if synthetic.shape != source.shape:
         raise BadData(f"the set's images are {synthetic.shape}, those of {source.name!r} are {source.shape} (C, H, W)")
+    if synthetic.recipe.source.get("fingerprint") not in (None, source.fingerprint):
+        logger.warning(
+            "the set was made from other images than the training split of %r (fingerprints differ): if the splits "
+            "differ, its test images may have been seen",
+            source.name,
+        )
     if not source.has_test:
         raise BadData(f"{source.name!r} has no test split to score on; load it with one (a test/ or val/ folder)")
 
