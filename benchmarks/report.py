@@ -39,7 +39,8 @@ def updated(readme: str) -> str:
     _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
-    return f"{head}{begin}\n\n{tables()}\n\n{end}{tail}"
+    made = tables()
+    return f"{head}{begin}\n\n{made}\n\n{end}{tail}" if made else f"{head}{begin}\n{end}{tail}"
 
 
 def main() -> int:

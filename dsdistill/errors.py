@@ -23,13 +23,24 @@ import difflib
 import signal as _signal
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class DistillError(Exception):
     """Base class of all errors of this package."""
 
     exit_code: ClassVar[int] = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors travel between processes; their constructors take facts, not the message.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(cls: type[DistillError], arguments: tuple[Any, ...], facts: dict[str, Any]) -> DistillError:
+    error = cls.__new__(cls, *arguments)
+    error.args = arguments
+    error.__dict__.update(facts)
+    return error
 
 
 class InvalidSetting(DistillError, ValueError):

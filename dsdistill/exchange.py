@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
 
 FORMATS = ("folder", "npz")
+_LONGEST = 200  # characters of a folder name; file systems allow 255 bytes
 
 
 class Export(NamedTuple):
@@ -35,6 +36,8 @@ def export(synthetic: "SyntheticDataset", path: Path, format: str) -> Export:
     """Write ``synthetic`` at ``path``; see `SyntheticDataset.export`."""
     if format not in FORMATS:
         raise InvalidSetting("format", format, f"one of {', '.join(FORMATS)}")
+    if format == "folder" and synthetic.shape[0] not in (1, 3):
+        raise InvalidSetting("format", format, f"PNG files have 1 or 3 channels, not {synthetic.shape[0]}; use npz")
     if path.exists():
         raise OutputConflict(path, "exists already; choose another path")
     storage.ensure_writable(path.parent)
@@ -53,8 +56,9 @@ def encode_png(image: Tensor) -> bytes:
 
 def class_folder(name: str) -> str:
     """A class name as a folder name: characters that a file system may refuse are percent-quoted."""
-    quoted = quote(name, safe=" !#$&'()+,-;=@[]^_`{}~").strip(" .")
-    return quoted if quoted else "%" + name.encode("utf-8", "surrogateescape").hex()
+    raw = name.encode("utf-8", "surrogatepass")
+    quoted = quote(raw, safe=" !#$&'()+,-;=@[]^_`{}~")[:_LONGEST].strip(" .")
+    return quoted if quoted else "%" + raw.hex()[:_LONGEST]
 
 
 def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
@@ -80,7 +84,7 @@ def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
     return Export(
         path,
         len(images),
-        clipped=float((unit != inside).float().mean()),
+        clipped=float(((unit - inside).abs() > 1e-6).float().mean()),  # 0 may come back as -1e-8,
         rounding=float((pixels.float() / 255 - inside).abs().max()),
     )
 

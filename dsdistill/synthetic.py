@@ -5,9 +5,11 @@ On disk it is a folder: ``images.safetensors`` and ``labels.safetensors`` (the s
 Nothing in it is ever unpickled, and reading it needs no code of the method that made it.
 """
 
+import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,10 +64,15 @@ class Recipe:
         return cls(**{**content, "parents": tuple(content["parents"]), "notes": tuple(content["notes"])})
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+@cache
+def _versions() -> dict[str, str]:
     names = ("dsdistill", "torch", "torchvision", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    return dict(_versions())
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,13 +192,15 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         """Parts of one task (class ranges, say) as one set, ordered by class.
 
         Raises:
-            BadData: the parts differ in form, label kind, classes or normalisation.
+            BadData: no part, or parts that differ in form, label kind, classes, shape or normalisation.
         """
+        if not parts:
+            raise BadData("there is nothing to join: give at least one set")
         first = parts[0]
         if len(parts) == 1:
             return first
         for part in parts[1:]:
-            for what in ("normalization", "classes"):
+            for what in ("normalization", "classes", "shape"):
                 if getattr(part, what) != getattr(first, what):
                     raise BadData(f"cannot join sets whose {what} differ")
             if type(part.images) is not type(first.images) or type(part.labels) is not type(first.labels):
@@ -233,12 +242,17 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         storage.ensure_writable(folder)
         if (folder / MANIFEST).exists():
             raise OutputConflict(folder, f"holds a synthetic set already ({MANIFEST}); choose another folder")
-        storage.write_folder(folder, self._files(), MANIFEST, self._manifest())
+        files = self._files()
+        first, *others = files  # an interrupted save leaves the first; without it, the others are somebody else's
+        foreign = [name for name in others if (folder / name).exists() and not (folder / first).exists()]
+        if foreign:
+            raise OutputConflict(folder, f"holds a {foreign[0]} that is no part of a set; choose another folder")
+        storage.write_folder(folder, files, MANIFEST, self._manifest())
         return folder
 
     @classmethod
     def load(cls, path: str | Path) -> "SyntheticDataset":
-        """Read a set written by `save`, after checking every byte of it.
+        """Read a set written by `save`, after checking every byte of its manifest, images and labels.
 
         Raises:
             BadArtifact: missing, incomplete, damaged, unsafe, or from a newer version.
@@ -263,7 +277,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         learned_prefix = "learned."
         learned = {k.removeprefix(learned_prefix): v for k, v in image_tensors.items() if k.startswith(learned_prefix)}
         stored = {k: v for k, v in image_tensors.items() if not k.startswith(learned_prefix)}
-        return cls(
+        made = cls(
             images=form.restore(stored, manifest["form_settings"]),
             labels=kind.restore(label_tensors, manifest["label_settings"]),
             normalization=Normalization.from_json(manifest["normalization"]),
@@ -271,6 +285,14 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
             recipe=Recipe.from_json(manifest["recipe"]),
             learned=learned,
         )
+        if not bool(torch.isfinite(made._images).all()):
+            raise BadArtifact(folder / "images.safetensors", "decodes to NaN or infinity")
+        actual = made._manifest()
+        wrong = [key for key in ("count", "ipc", "shape", "bytes") if manifest[key] != actual[key]]
+        if wrong:
+            stated = ", ".join(f"{key} {manifest[key]} for {actual[key]}" for key in wrong)
+            raise BadArtifact(folder / MANIFEST, f"contradicts its tensors: it states {stated}")
+        return made
 
     def _manifest(self) -> dict[str, Any]:
         return {
@@ -295,7 +317,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
             "images.safetensors": storage.encode_tensors({**self.images.tensors(), **learned}),
             "labels.safetensors": storage.encode_tensors(self.labels.tensors()),
             "grid.png": encode_png(self.grid()),
-            "README.md": _card(self).encode("utf-8", "surrogateescape"),
+            "README.md": _card(self).encode("utf-8", "replace"),
         }
 
     def export(self, path: str | Path, format: str = "folder") -> Export:
@@ -331,10 +353,10 @@ def _card(synthetic: SyntheticDataset) -> str:
     settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in recipe.method.items() if key != "type")
     notes = "".join(f"- {note}\n" for note in recipe.notes)
     classes = ", ".join(synthetic.classes[:20]) + (", ..." if len(synthetic.classes) > 20 else "")
-    source_name = str(recipe.source.get("name")).replace('"', "'")
+    source_name = str(recipe.source.get("name"))
     return f"""---
 tags: [dataset-distillation]
-source_datasets: ["{source_name}"]
+source_datasets: [{json.dumps(source_name)}]
 task_categories: [image-classification]
 ---
 

@@ -98,7 +98,10 @@ class _Suite:
     def settings_are_complete(self) -> None:
         """Frozen dataclass, full repr, JSON round trip, a paper."""
         method = self.method
-        _require(dataclasses.is_dataclass(method), f"{self.name} is no dataclass")
+        _require(
+            "__dataclass_fields__" in vars(type(method)),
+            f"{self.name} lacks its own @dataclass(frozen=True, kw_only=True)",
+        )
         _require(method.__dataclass_params__.frozen, f"{self.name} is not frozen")  # type: ignore[attr-defined]
         missing = [field.name for field in dataclasses.fields(method) if f"{field.name}=" not in repr(method)]
         _require(not missing, f"repr of {self.name} leaves out {missing}")

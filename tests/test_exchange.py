@@ -8,14 +8,19 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
-from dsdistill import SyntheticDataset, data
+from dsdistill import SyntheticDataset, data, exchange
 from dsdistill.data import Normalization
-from dsdistill.errors import InvalidSetting, OutputConflict
+from dsdistill.errors import DistillError, InvalidSetting, OutputConflict
 from dsdistill.labels import HardLabels
 from dsdistill.parameterizations import Pixels
 from dsdistill.synthetic import Recipe
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # durability is not what is tested here
 
 
 def make(classes=("a", "b"), ipc=2, shape=(3, 4, 6), unit=None, mean=MEAN, std=STD):
@@ -125,8 +130,6 @@ def test_readable_names_are_kept_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 300, "\u732b" * 60], ids=["long", "long when quoted"])
 def test_very_long_class_names_are_shortened_or_refused_in_words(name, tmp_path):
-    from dsdistill.errors import DistillError
-
     try:
         make((name, name + "y")).export(tmp_path / "out")
     except DistillError:
@@ -149,15 +152,13 @@ def test_an_existing_target_is_left_alone(format, tmp_path):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(InvalidSetting, match="format = 'pt' .*folder, npz"):
+    with pytest.raises(InvalidSetting, match=r"format = 'pt' .*folder, npz"):
         make().export(tmp_path / "out", "pt")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
-    from dsdistill import synthetic
-
-    encode, calls = synthetic.encode_png, []
+    encode, calls = exchange.encode_png, []
 
     def fail_at_third(image):
         calls.append(image)
@@ -165,7 +166,7 @@ def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(image)
 
-    monkeypatch.setattr(synthetic, "encode_png", fail_at_third)
+    monkeypatch.setattr(exchange, "encode_png", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         make().export(tmp_path / "out")
     assert not list(tmp_path.iterdir())

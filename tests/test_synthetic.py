@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -37,6 +38,11 @@ def make(targets=(0, 0, 1, 1, 2, 2), classes=BIRDS, shape=(3, 4, 6), seed=0, nam
     channels = slice(shape[0])
     statistics = Normalization(STATISTICS.mean[channels], STATISTICS.std[channels])
     return SyntheticDataset(Pixels(pixels), labels, statistics, tuple(classes), recipe(name), **options)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # durability is not what is tested here
 
 
 @pytest.fixture
@@ -278,7 +284,7 @@ def test_the_card_describes_the_set_and_its_code_loads_it(made, saved):
     matter, body = front_matter(saved)
     assert matter["source_datasets"] == ["toy"]
     assert matter["tags"] == ["dataset-distillation"]
-    assert "# Made: 2 images per class of toy" in body
+    assert "# Made: 2 per class of toy" in body
     assert "6 synthetic images 3x4x6" in body
     assert "3 classes (heron, egret, owl), distilled from 18 real images" in body
     assert "1,728 bytes" in body
@@ -304,28 +310,41 @@ def test_the_card_is_valid_for_any_source_name(name, tmp_path):
     assert "dd.SyntheticDataset.load" in body
 
 
+def shown(made, index):
+    """The colour in which the picture shows the first pixel of an image."""
+    mean, std = torch.tensor(made.normalization.mean), torch.tensor(made.normalization.std)
+    unit = made.tensors()[0][index][:, 0, 0] * std + mean
+    return tuple((unit.clamp(0, 1) * 255).round().int().tolist())
+
+
 def test_the_picture_has_a_row_per_class_and_a_frame(made, saved):
     with Image.open(saved / "grid.png") as image:
         image.load()
-        # 6 pixels wide tiles are shown 5 times as large: 2 columns of 30 and 3 rows of 20, 2 pixels between
-        assert (image.size, image.mode) == ((2 + 2 * (30 + 2), 2 + 3 * (20 + 2)), "RGB")
-        mean, std = torch.tensor(made.normalization.mean), torch.tensor(made.normalization.std)
+        # 6 pixels wide tiles are shown 10 times as large: 2 columns of 60 and 3 rows of 40, 2 pixels between
+        assert (image.size, image.mode) == ((2 + 2 * (60 + 2), 2 + 3 * (40 + 2)), "RGB")
         for row in range(3):
             for column in range(2):
-                pixel = made.tensors()[0][2 * row + column][:, 0, 0] * std + mean
-                expected = (pixel.clamp(0, 1) * 255).round().int().tolist()
-                assert image.getpixel((2 + column * 32, 2 + row * 22)) == tuple(expected)
+                assert image.getpixel((2 + column * 62, 2 + row * 42)) == shown(made, 2 * row + column)
         assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_pictures_of_grey_oblong_uneven_and_many_classed_sets():
+def test_pictures_of_grey_oblong_and_uneven_sets():
     grey = make((0, 0, 2), shape=(1, 40, 3)).grid()
-    assert grey.shape == (3, 2 + 3 * 402, 2 + 2 * 32)  # 3 pixels become 30, and 40 become 400
+    assert grey.shape == (3, 2 + 3 * 842, 2 + 2 * 65)  # 3 pixels become 63, and 40 become 840
     assert torch.equal(grey[0], grey[2])
-    assert bool((grey[:, 404:804] == 255).all())  # the class without images
+    assert bool((grey[:, 844 : 844 + 842] == 255).all())  # the class without images
+    assert not bool((grey[:, 2:842] == 255).all())
+    assert make((0, 0, 0), shape=(3, 32, 32)).grid(per_class=2).shape == (3, 2 + 3 * 66, 2 + 2 * 66)
+    assert make(shape=(3, 2, 100)).grid().shape == (3, 2 + 3 * 4, 2 + 2 * 102)
+
+
+def test_one_image_per_class_is_laid_out_ten_in_a_row_up_to_twenty():
     many = make(range(25), [str(index) for index in range(25)], shape=(3, 32, 32))
-    assert many.grid().shape == (3, 2 + 20 * 34, 2 + 34)
-    assert make((0, 0, 0), shape=(3, 32, 32)).grid(per_class=2).shape == (3, 2 + 3 * 34, 2 + 2 * 34)
+    picture = many.grid()
+    assert picture.shape == (3, 2 + 2 * 66, 2 + 10 * 66)
+    for index in (0, 9, 10, 19):
+        row, column = divmod(index, 10)
+        assert tuple(picture[:, 2 + 66 * row, 2 + 66 * column].tolist()) == shown(many, index)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """One deliberately broken method per check of the contract suite: each must be found out."""
 
+import os
 import random
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -56,12 +57,17 @@ class Sound(Synthesizer):
         return {"loss": torch.zeros(())}
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # durability is not what is tested here
+
+
 def found_out(method, message, source=None, error=ContractViolation):
     with pytest.raises(error, match=message):
         check_synthesizer(method, source)
 
 
-@pytest.mark.parametrize("iterations", [0, 1, 2, 3, 4, 7])
+@pytest.mark.parametrize("iterations", [0, 1, 5])
 def test_a_sound_method_passes_every_check(iterations):
     assert check_synthesizer(Sound(iterations=iterations)) == CHECKS
 
@@ -127,13 +133,19 @@ class Nested(Sound):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vague(Sound):
+    sizes: Any = (1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class WithPath(Sound):
     weights: Path = Path("weights")
 
 
 def test_settings_must_survive_json():
-    found_out(Nested(), "settings of Nested do not survive JSON")
-    found_out(WithPath(), "WithPath|PosixPath")
+    found_out(Vague(), "settings of Vague do not survive JSON")
+    found_out(Nested(), r"Nested\.pairs = \(\[1, 2\],\) is not valid", error=DistillError)
+    found_out(WithPath(), "a setting of type .*Path cannot be written as JSON", error=TypeError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +300,7 @@ class Counter(Sound):
         return state
 
 
-@pytest.mark.parametrize("iterations", [2, 3, 4, 7])
+@pytest.mark.parametrize("iterations", [2, 5])
 def test_state_outside_the_state_is_found(iterations):
     found_out(Hoarder(iterations=iterations), rf"stopped after step {iterations // 2} and resumed differs in \['images")
 
@@ -335,10 +347,6 @@ class Brighter(Pixels):
         return Decoded(images + 1, owner)
 
 
-class Boasting(Pixels):
-    nbytes = 1
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mislabelled(Sound):
     form: ClassVar[type[Pixels]] = Brighter
@@ -349,24 +357,13 @@ class Mislabelled(Sound):
         return replace(state, images=type(self).form(state.images.pixels))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Understated(Mislabelled):
-    form: ClassVar[type[Pixels]] = Boasting
-
-    def jobs(self, run):
-        return [Job("all", run.classes)]
-
-    def finish(self, run, state):
-        made = super().finish(run, state)
-        return replace(made, images=Boasting(made.images.pixels))
-
-
 def test_a_saved_set_must_decode_as_before():
     found_out(Mislabelled(), "a saved set decodes differently once loaded")
 
 
-def test_bytes_must_be_those_of_the_tensors():
-    found_out(Understated(), r"states 1 bytes, stores 2304|describes itself differently")
+def test_bytes_must_be_those_of_the_tensors(monkeypatch):
+    monkeypatch.setattr(Pixels, "nbytes", 1)
+    found_out(Sound(), "states 1 bytes, stores 2304")
 
 
 # Sources -----------------------------------------------------------------------------------------------------

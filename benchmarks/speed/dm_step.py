@@ -11,10 +11,10 @@ from torch import Tensor
 from benchmarks.speed import pairs
 from benchmarks.speed.reference import OPS, PlainConvNet, given_view, random_view
 from dsdistill.augmentations import Views
+from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, State
-from dsdistill.engine.run import default_chunk
 from dsdistill.methods import DM
 
 MODULE = "benchmarks.speed.dm_step"

@@ -48,9 +48,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def encode_json(content: Any) -> bytes:
     """UTF-8 JSON with two-space indents and a final newline; NaN and infinity are refused."""
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
-        "utf-8", "surrogateescape"
-    )
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
@@ -90,7 +88,7 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _MANIFEST_LIMIT:
             raise BadArtifact(path, f"larger than {_MANIFEST_LIMIT} bytes: this is no manifest of dsdistill")
-        return json.loads(path.read_bytes().decode("utf-8", "surrogateescape"))
+        return json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
     except FileNotFoundError:
         raise BadArtifact(path, "no such file: the folder is not a finished dsdistill folder") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -73,7 +73,7 @@ def synthesize(
             raise InvalidSetting(name, value, "an integer of at least 1")
     if not isinstance(seed, int):
         raise InvalidSetting("seed", seed, "an integer")
-    method.check(source)
+    method.check(source.train_only())
     chunk = chunk or default_chunk(source.shape, resolved)
     run = Run(
         source=source.train_only().to(resolved),

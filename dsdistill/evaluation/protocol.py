@@ -56,7 +56,7 @@ class EvaluationProtocol:
 
     def learning_rate(self, epoch: int) -> float:
         """Step size during ``epoch`` (counted from 0)."""
-        passed = sum(epoch >= int(self.epochs * milestone) + 1 for milestone in self.milestones)
+        passed = sum(epoch >= int(self.epochs * milestone + 1e-6) + 1 for milestone in self.milestones)
         return float(self.lr * self.gamma**passed)
 
 

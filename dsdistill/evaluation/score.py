@@ -137,8 +137,8 @@ def evaluate(
     """
     resolved = resolve_device(device)
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    baselines = tuple(dict.fromkeys(baselines))
-    _check(synthetic, source, repeats, baselines, whole_epochs)
+    baselines = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
+    _check(synthetic, source, repeats, baselines, whole_epochs, seed)
     real = source.normalized_by(synthetic.normalization).to(resolved)
     test = real.test.to(resolved)
     scorer = _Scorer(protocol, real, test, seed, resolved)
@@ -209,11 +209,18 @@ class _Scorer:
 
 
 def _check(
-    synthetic: SyntheticDataset, source: ImageSource, repeats: int, baselines: tuple[str, ...], whole_epochs: int | None
+    synthetic: SyntheticDataset,
+    source: ImageSource,
+    repeats: int,
+    baselines: tuple[str, ...],
+    whole_epochs: int | None,
+    seed: int,
 ) -> None:
     for name, value in (("repeats", repeats), ("whole_epochs", whole_epochs)):
         if (value is not None or name == "repeats") and (not isinstance(value, int) or value < 1):
             raise InvalidSetting(name, value, "an integer of at least 1")
+    if not isinstance(seed, int):
+        raise InvalidSetting("seed", seed, "an integer")
     for baseline in baselines:
         if baseline not in BASELINES:
             raise UnknownName("baseline", baseline, BASELINES)

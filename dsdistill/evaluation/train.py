@@ -43,7 +43,13 @@ def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num
 
     network = build("network")
     digest = parameter_digest(network)
-    if parameter_digest(build("network")) != digest or parameter_digest(build("other network")) == digest:
+    other = build("other network")
+    shared = [
+        name
+        for (name, mine), theirs in zip(network.named_parameters(), other.parameters(), strict=True)
+        if torch.equal(mine, theirs) and bool((mine != mine.flatten()[0]).any())  # constants (biases, norms) may agree
+    ]
+    if parameter_digest(build("network")) != digest or parameter_digest(other) == digest or shared:
         raise DistillError(
             f"network {spec.name!r} is not fresh: its initial parameters do not follow from the seed alone. "
             "Its factory must build a new, randomly initialised module at each call"

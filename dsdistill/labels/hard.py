@@ -9,6 +9,8 @@ from torch import Tensor
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.labels.base import Labels
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 class HardLabels(Labels):
     """Class indices (N,), stored as int32.
@@ -25,7 +27,7 @@ class HardLabels(Labels):
 
     def __init__(self, classes: Tensor, num_classes: int) -> None:
         super().__init__()
-        if classes.dim() != 1 or classes.is_floating_point():
+        if classes.dim() != 1 or classes.dtype not in _INTEGERS:
             raise BadData(f"hard labels must be (N,) integers, got {tuple(classes.shape)} {classes.dtype}")
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
             raise BadData(

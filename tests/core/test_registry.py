@@ -64,7 +64,7 @@ def test_classes_are_imported_only_when_asked_for(registry):
     assert registry.get("Tally") is Counter
     assert registry.get("oRDERED") is OrderedDict
     assert "no_such_module_anywhere" not in sys.modules
-    with pytest.raises(ImportError, match="no_such_module_anywhere"):
+    with pytest.raises(DistillError, match="mapping 'Absent' cannot be loaded from no_such_module_anywhere:Thing"):
         registry.get("Absent")
 
 

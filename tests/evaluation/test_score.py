@@ -224,10 +224,18 @@ def test_sets_of_other_tasks_are_refused(synthetic, source, trained):
     assert not trained
 
 
+def test_a_set_made_from_other_images_is_scored_with_a_warning(synthetic, source, trained, caplog):
+    run(synthetic, source)
+    assert not caplog.records
+    run(synthetic, source.subset(range(1, 36)))
+    (record,) = caplog.records
+    assert "fingerprints differ" in record.getMessage()
+
+
 def test_a_source_without_test_split_is_refused(synthetic, source, trained):
     alone = ImageSource("alone", source.classes, source.images, source.targets)
     for closed in (alone, source.train_only()):
-        with pytest.raises(BadData, match="no test split|closed"):
+        with pytest.raises(BadData, match=r"no test split|closed"):
             run(synthetic, closed)
     assert not trained
 

@@ -1,0 +1,67 @@
+import os
+from dataclasses import replace
+
+import pytest
+from methods.cases import CASES, SMALL
+
+from dsdistill.methods import DM, create_method, get_method, is_method, list_methods
+from dsdistill.testing import check_synthesizer, toy_source
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # durability is not what is tested here
+
+
+def test_every_method_has_a_case_under_its_name():
+    assert list(CASES) == list_methods()
+    for name, method in CASES.items():
+        assert type(method) is get_method(name)
+        assert type(method).__name__ == name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_keeps_the_contract(name):
+    assert len(check_synthesizer(CASES[name])) == 9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_keeps_the_contract_on_oblong_grey_images(name):
+    assert len(check_synthesizer(CASES[name], toy_source(classes=2, per_class=5, shape=(1, 10, 6)))) == 9
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network": replace(SMALL, norm="batch")},
+        {"network": replace(SMALL, norm="none", activation="leaky_relu", pooling="max")},
+        {"augmentation": None},
+        {"real_batch": 100, "ipc": 1},
+        {"on_small_class": "cap", "ipc": 20},
+    ],
+    ids=str,
+)
+def test_dm_keeps_the_contract_in_all_its_variants(changes):
+    assert len(check_synthesizer(replace(CASES["DM"], **changes))) == 9
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_are_small(name):
+    assert CASES[name].steps <= 10
+    assert CASES[name].ipc <= 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_is_made_by_name(name):
+    assert is_method(name.lower())
+    made = create_method(name.upper(), ipc=3)
+    assert made == get_method(name)(ipc=3)
+    assert type(made).paper
+    assert all(type(made).preset(preset).ipc >= 1 for preset in type(made).presets)
+
+
+def test_presets_are_the_published_settings():
+    assert set(DM.presets) == {"cifar10/ipc1", "cifar10/ipc10", "cifar10/ipc50"}
+    for preset, ipc in (("cifar10/ipc1", 1), ("cifar10/ipc10", 10), ("cifar10/ipc50", 50)):
+        assert DM.preset(preset) == DM(ipc=ipc, iterations=20_000, real_batch=256, lr_images=1.0, momentum=0.5)
+    assert DM.preset("cifar10/ipc10", iterations=5) == DM(ipc=10, iterations=5)
