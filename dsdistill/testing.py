@@ -100,7 +100,7 @@ class _Suite:
         method = self.method
         _require(
             "__dataclass_fields__" in vars(type(method)),
-            f"{self.name} lacks its own @dataclass(frozen=True, kw_only=True)",
+            f"{self.name} is no dataclass of its own",
         )
         _require(method.__dataclass_params__.frozen, f"{self.name} is not frozen")  # type: ignore[attr-defined]
         missing = [field.name for field in dataclasses.fields(method) if f"{field.name}=" not in repr(method)]

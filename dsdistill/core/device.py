@@ -45,6 +45,17 @@ def default_chunk(shape: tuple[int, int, int], device: torch.device) -> int:
     return max(1, min(budget // activation, 4096))
 
 
+def settle_allocator(device: torch.device) -> None:
+    """Have glibc keep the memory of freed activations; about halves the time of small networks on the CPU.
+
+    glibc returns a freed block to the system, to be page-faulted anew by the next operation, unless it is smaller
+    than the largest block freed so far (up to 32 MiB). One such block, made and freed, settles that without changing
+    any setting of the process. Elsewhere this does nothing of note.
+    """
+    if device.type == "cpu":
+        torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: allocated on a CUDA device since its last reset, else the process's resident peak."""
     if device.type == "cuda":

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from dsdistill.core.config import to_dict
-from dsdistill.core.device import default_chunk, resolve_device
+from dsdistill.core.device import default_chunk, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
@@ -75,6 +75,7 @@ def synthesize(
         raise InvalidSetting("seed", seed, "an integer")
     method.check(source.train_only())
     chunk = chunk or default_chunk(source.shape, resolved)
+    settle_allocator(resolved)
     run = Run(
         source=source.train_only().to(resolved),
         device=resolved,

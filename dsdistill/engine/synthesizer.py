@@ -79,7 +79,6 @@ class Run:
             )
         else:
             network = spec.build(self.source.shape, self.source.num_classes, generator=generator, device=self.device)
-        network = network.to(memory_format=torch.channels_last)
         self._networks[spec] = network
         return network.requires_grad_(False)
 

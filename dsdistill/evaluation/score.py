@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dsdistill.core import storage
 from dsdistill.core.config import to_dict
-from dsdistill.core.device import peak_memory, resolve_device, synchronize
+from dsdistill.core.device import peak_memory, resolve_device, settle_allocator, synchronize
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, Diverged, InvalidSetting, UnknownName
@@ -139,6 +139,7 @@ def evaluate(
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     baselines = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
     _check(synthetic, source, repeats, baselines, whole_epochs, seed)
+    settle_allocator(resolved)
     real = source.normalized_by(synthetic.normalization).to(resolved)
     test = real.test.to(resolved)
     scorer = _Scorer(protocol, real, test, seed, resolved)

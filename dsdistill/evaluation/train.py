@@ -54,7 +54,7 @@ def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num
             f"network {spec.name!r} is not fresh: its initial parameters do not follow from the seed alone. "
             "Its factory must build a new, randomly initialised module at each call"
         )
-    return network.to(memory_format=torch.channels_last)
+    return network
 
 
 def train(network: nn.Module, data: TrainingSet, protocol: EvaluationProtocol, rng: Rng, *, mirror_safe: bool) -> None:

@@ -4,7 +4,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dsdistill.errors import InvalidSetting
 
@@ -28,23 +27,23 @@ class Network(nn.Module):
         return logits
 
 
-class AveragePool(nn.Module):
-    """Mean over 2x2 windows with stride 2, ``(N, C, H, W) -> (N, C, H // 2, W // 2)``.
+class InstanceNorm(nn.GroupNorm):
+    """Group norm with one group per channel, ``(N, C, H, W) -> (N, C, H, W)``: no running statistics, affine."""
 
-    Equal to `torch.nn.AvgPool2d` of size 2: weights of 1/4 are exact in binary, so nothing but the order of
-    three additions could differ.
-    """
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Means of the windows; an odd last row or column is left out."""
-        # On the CPU the library's average pooling of contiguous float32 runs on one value at a time; the same mean
-        # as a depthwise convolution is vectorised and saves about 20 % of a whole ConvNet forward pass.
-        # Autocast would round it, and channels-last memory has no need of it.
-        plain = images.device.type == "cpu" and images.dtype == torch.float32 and images.is_contiguous()
-        if plain and not torch.is_autocast_enabled("cpu"):
-            channels = images.shape[1]
-            return F.conv2d(images, images.new_full((channels, 1, 2, 2), 0.25), stride=2, groups=channels)
-        return F.avg_pool2d(images, 2)
+    def forward(self, maps: Tensor) -> Tensor:
+        """Each channel of each image with mean 0 and variance 1, times weight, plus bias."""
+        # The library's kernel for channels-last maps on the CPU does one value at a time below 1024 pixels; the same
+        # formula in whole-tensor operations is 3 to 6 times faster there, a tenth of a ConvNet's forward pass.
+        last = maps.device.type == "cpu" and maps.is_contiguous(memory_format=torch.channels_last)
+        if not last or maps.dtype != self.weight.dtype or maps.shape[2] * maps.shape[3] >= 1024:
+            return super().forward(maps)
+        pixels = maps.permute(0, 2, 3, 1)
+        centred = pixels - pixels.mean((1, 2), keepdim=True)
+        scale = (centred.square().mean((1, 2), keepdim=True) + self.eps).rsqrt() * self.weight
+        return torch.addcmul(self.bias, centred, scale).permute(0, 3, 1, 2)
 
 
 def normalization(kind: str, channels: int, height: int, width: int) -> nn.Module:
@@ -63,7 +62,7 @@ def normalization(kind: str, channels: int, height: int, width: int) -> nn.Modul
     if kind == "layer":
         return nn.LayerNorm([channels, height, width])
     if kind == "instance":
-        return nn.GroupNorm(channels, channels)
+        return InstanceNorm(channels)
     if kind != "group":
         raise InvalidSetting("norm", kind, "choose none, batch, layer, instance or group")
     if channels % 4:

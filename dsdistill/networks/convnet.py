@@ -7,7 +7,7 @@ Condensation, arXiv 2006.05929).
 from torch import Tensor, nn
 
 from dsdistill.errors import InvalidSetting
-from dsdistill.networks.base import AveragePool, Network, check_sizes, normalization
+from dsdistill.networks.base import Network, check_sizes, normalization
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid,
@@ -92,7 +92,7 @@ class ConvNet(Network):
 def _pool(pooling: str) -> nn.Module:
     if pooling == "max":
         return nn.MaxPool2d(2)
-    return AveragePool() if pooling == "avg" else nn.Identity()
+    return nn.AvgPool2d(2) if pooling == "avg" else nn.Identity()
 
 
 def _check_settings(shape: tuple[int, int, int], width: int, depth: int, activation: str, pooling: str) -> None:

@@ -115,7 +115,8 @@ class NetworkSpec:
             network = BUILTIN[self.name](shape, num_classes, **options)
         network.to_empty(device=target)
         reinitialize_(network, generator)
-        return network
+        # On the CPU, convolutions and pooling of channels-last maps are about a quarter faster.
+        return network.to(memory_format=torch.channels_last) if target.type == "cpu" else network
 
     def refresh(
         self,

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dsdistill.errors import InvalidSetting
 from dsdistill.networks import MLP, ConvNet, Network, ResNet18, reinitialize_
-from dsdistill.networks.base import AveragePool, normalization
+from dsdistill.networks.base import InstanceNorm, normalization
 from dsdistill.networks.convnet import default_depth
 
 CIFAR = (3, 32, 32)
@@ -190,26 +190,31 @@ def test_conv_bias_before_instance_norm_has_no_gradient():
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_average_pool_equals_the_library_with_both_derivatives(memory_format, dtype):
-    def derivatives(pool):
-        images = torch.randn(3, 5, 6, 9, generator=seeded(), dtype=dtype)
+@pytest.mark.parametrize("size", [(6, 9), (1, 1), (32, 32)])
+def test_instance_norm_equals_the_library_with_both_derivatives(memory_format, size):
+    def derivatives(norm):
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 2, 5))
+            norm.bias.copy_(torch.linspace(-1, 1, 5))
+        images = torch.randn(3, 5, *size, generator=seeded(), dtype=torch.float64)
         images = images.to(memory_format=memory_format).requires_grad_()
-        pooled = pool(images)
-        (gradient,) = torch.autograd.grad(pooled.pow(3).sum(), images, create_graph=True)
-        (second,) = torch.autograd.grad(gradient.square().sum(), images)
-        return pooled, gradient, second
+        normal = norm.double()(images)
+        inputs = (images, norm.weight, norm.bias)
+        first = torch.autograd.grad(normal.pow(3).sum(), inputs, create_graph=True)
+        (second,) = torch.autograd.grad(first[0].square().sum(), images)
+        return normal, *first, second
 
-    for ours, theirs in zip(derivatives(AveragePool()), derivatives(nn.AvgPool2d(2)), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(derivatives(InstanceNorm(5)), derivatives(nn.GroupNorm(5, 5)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_instance_norm_leaves_mixed_precision_to_the_library():
+    maps = torch.randn(2, 4, 6, 6, generator=seeded()).to(torch.bfloat16, memory_format=torch.channels_last)
+    ours, theirs = InstanceNorm(4), nn.GroupNorm(4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ours(maps), theirs(maps))
 
 
 def test_network_leaves_embed_to_its_subclasses():
     with pytest.raises(NotImplementedError):
         Network().embed(torch.zeros(1, 3, 8, 8))
-
-
-def test_average_pool_keeps_its_precision_under_autocast():
-    images = torch.full((1, 2, 4, 4), 1 + 2**-20)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(AveragePool()(images), images[..., :2, :2])
