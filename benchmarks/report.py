@@ -108,7 +108,7 @@ _TABLES = {
     ),
     "speed": (
         "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",
-        ["what", "allocator", "plain loops", "dsdistill", "median ratio (range)", "n"],
+        ["what", "setting", "plain loops", "dsdistill", "median ratio (range)", "n"],
         _speed,
     ),
     "resume": ("Runs killed with SIGKILL and started again:", ["what", "when", "outcome", "n"], _resume),

@@ -182,6 +182,6 @@ class Stopped(DistillError):
         )
 
     @property
-    def code(self) -> int:
-        """Exit code by shell convention: 128 + signal number."""
+    def exit_code(self) -> int:  # type: ignore[override]
+        """By shell convention, 128 + signal number."""
         return 128 + self.signum

@@ -9,10 +9,10 @@ import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,9 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         >>> # for images, targets in DataLoader(SyntheticDataset.load("runs/dm"), batch_size=64): ...
     """
 
+    FILES: ClassVar = ("images.safetensors", "labels.safetensors", "grid.png", "README.md")
+    """What `save` writes, in this order, before ``dataset.json``."""
+
     images: Parameterization
     labels: Labels
     normalization: Normalization
@@ -108,16 +111,23 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
             raise BadData(f"{self.images.count} stored images but {self.labels.count} labels")
         if self.labels.num_classes != len(self.classes):
             raise BadData(f"labels over {self.labels.num_classes} classes but {len(self.classes)} class names")
+        decoded = tuple(self.images.decode(torch.tensor([0])).images.shape) if self.images.count else ()
+        if len(decoded) != 4 or decoded[1] != len(self.normalization.mean):
+            raise ShapeMismatch("the decoded images", decoded, f"(M, {len(self.normalization.mean)}, H, W), M > 0")
+
+    @cached_property
+    def _decoded(self) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             images, owner = self.images.decode()
-            object.__setattr__(self, "_images", images.detach().cpu())
-            object.__setattr__(self, "_targets", self.labels.target(owner).detach().cpu())
-        if self._images.dim() != 4 or self._images.shape[1] != len(self.normalization.mean):
-            channels = len(self.normalization.mean)
-            raise ShapeMismatch("the decoded images", tuple(self._images.shape), f"(M, {channels}, H, W)")
+            return images.detach().cpu(), self.labels.target(owner).detach().cpu()
 
-    _images: Tensor = field(init=False, repr=False)
-    _targets: Tensor = field(init=False, repr=False)
+    @property
+    def _images(self) -> Tensor:
+        return self._decoded[0]
+
+    @property
+    def _targets(self) -> Tensor:
+        return self._decoded[1]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -147,13 +157,13 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a decoded image."""
-        channels, height, width = self._images.shape[1:]
+        _, channels, height, width = self.images.decode(torch.tensor([0])).images.shape
         return channels, height, width
 
     @property
     def counts(self) -> tuple[int, ...]:
         """Stored images of every class."""
-        return tuple(torch.bincount(self.labels.classes.cpu(), minlength=len(self.classes)).tolist())
+        return tuple(torch.bincount(self.labels.classes, minlength=len(self.classes)).tolist())
 
     @property
     def ipc(self) -> int:
@@ -181,7 +191,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         """
         if not 1 <= ipc <= min(self.counts):
             raise InvalidSetting("ipc", ipc, f"this set holds between 1 and {min(self.counts)} images of every class")
-        order = torch.argsort(self.labels.classes.cpu(), stable=True)
+        order = torch.argsort(self.labels.classes, stable=True)
         starts = torch.tensor([0, *self.counts[:-1]]).cumsum(0)
         index = order[(starts[:, None] + torch.arange(ipc)).flatten()]
         recipe = replace(self.recipe, notes=(*self.recipe.notes, f"first {ipc} of {self.ipc} images per class"))
@@ -209,7 +219,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
                 raise BadData("cannot join sets that carry learned tensors of their own")
         images = type(first.images).join([part.images for part in parts])
         labels = type(first.labels).join([part.labels for part in parts])
-        order = torch.argsort(labels.classes.cpu(), stable=True)
+        order = torch.argsort(labels.classes, stable=True)
         return replace(first, images=images.subset(order), labels=labels.subset(order))
 
     def grid(self, per_class: int = 10) -> Tensor:
@@ -285,8 +295,6 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
             recipe=Recipe.from_json(manifest["recipe"]),
             learned=learned,
         )
-        if not bool(torch.isfinite(made._images).all()):
-            raise BadArtifact(folder / "images.safetensors", "decodes to NaN or infinity")
         actual = made._manifest()
         wrong = [key for key in ("count", "ipc", "shape", "bytes") if manifest[key] != actual[key]]
         if wrong:
@@ -313,12 +321,13 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
 
     def _files(self) -> dict[str, bytes]:
         learned = {f"learned.{name}": tensor for name, tensor in self.learned.items()}
-        return {
-            "images.safetensors": storage.encode_tensors({**self.images.tensors(), **learned}),
-            "labels.safetensors": storage.encode_tensors(self.labels.tensors()),
-            "grid.png": encode_png(self.grid()),
-            "README.md": _card(self).encode("utf-8", "replace"),
-        }
+        contents = (
+            storage.encode_tensors({**self.images.tensors(), **learned}),
+            storage.encode_tensors(self.labels.tensors()),
+            encode_png(self.grid()),
+            _card(self).encode("utf-8", "replace"),
+        )
+        return dict(zip(self.FILES, contents, strict=True))
 
     def export(self, path: str | Path, format: str = "folder") -> Export:
         """Write 8-bit PNG files by class ("folder") or float arrays ("npz") for other programs.

@@ -70,7 +70,7 @@ def test_exit_codes_are_those_of_the_docstring():
     for name, (_, stated) in tree().items():
         if name == "Stopped":
             assert stated == "130/143"
-            assert [Stopped(signum, 1, Path("x")).code for signum in (signal.SIGINT, signal.SIGTERM)] == [130, 143]
+            assert [Stopped(signum, 1, Path("x")).exit_code for signum in (signal.SIGINT, signal.SIGTERM)] == [130, 143]
         else:
             assert codes[name].exit_code == int(stated), name
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from dsdistill.data import ImageSource, Normalization
-from dsdistill.engine import Job, State, Synthesizer
-from dsdistill.engine.synthesizer import random_real
+from dsdistill.engine import Job, PerClass, State
 from dsdistill.errors import BadData, DistillError
 from dsdistill.labels import HardLabels
 from dsdistill.methods import RandomReal
@@ -33,7 +32,7 @@ CHECKS = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sound(Synthesizer):
+class Sound(PerClass):
     """Keeps the contract: random images that drift, one job per class. The broken ones below change one thing."""
 
     paper: ClassVar[str] = "none"
@@ -198,7 +197,7 @@ class Restandardising(Sound):
         (Renaming(), "classes differ from the source's"),
         (Restandardising(), "normalization differs from the source's"),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, Synthesizer) else "",
+    ids=lambda value: type(value).__name__ if isinstance(value, PerClass) else "",
 )
 def test_the_set_must_be_one_of_the_task(method, message):
     found_out(method, message)
@@ -382,7 +381,7 @@ def test_methods_may_use_what_the_engine_offers():
     @dataclass(frozen=True, kw_only=True)
     class Usual(Sound):
         def start(self, run, job):
-            return State(*random_real(run, self))
+            return State(*self.random_real(run))
 
         def step(self, run, state, iteration):
             state.images.pixels.data += torch.rand(())

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 import torch
 
-from dsdistill.engine import Job, State, Synthesizer
+from dsdistill.engine import Job, PerClass, State
 from dsdistill.labels import HardLabels
 from dsdistill.parameterizations import Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wander(Synthesizer):
+class Wander(PerClass):
     """Random walk from noise, one job per class; draws from named streams and from the global generator."""
 
     paper: ClassVar[str] = "none"

@@ -14,7 +14,6 @@ import torch
 
 import dsdistill as dd
 from benchmarks.schema import RESULTS, write_result
-from dsdistill.cli.allocator import keep_freed_memory
 from dsdistill.core.config import to_dict
 from dsdistill.core.device import resolve_device
 from dsdistill.data import ImageSource
@@ -66,7 +65,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    keep_freed_memory()
     asked = {name: value for name, value in vars(options).items() if name in vars(PRESETS["short"])}
     plan = replace(PRESETS[options.preset], **asked)
     device = resolve_device(options.device)

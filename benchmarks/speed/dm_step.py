@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.speed import pairs
 from benchmarks.speed.reference import OPS, PlainConvNet, given_view, random_view
 from dsdistill.augmentations import Views
-from dsdistill.core.device import default_chunk
+from dsdistill.core.device import default_chunk, settle_allocator
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, State
@@ -43,6 +43,7 @@ def make_source(options: argparse.Namespace, kind: type[ImageSource] = ImageSour
 def make_run(source: ImageSource, options: argparse.Namespace) -> tuple[DM, Run, State]:
     """A run as `dsdistill.synthesize` sets it up."""
     device = torch.device(options.device)
+    settle_allocator(device)
     method = DM(ipc=options.ipc, real_batch=options.real_batch)
     job = Job("all", tuple(range(source.num_classes)))
     run = Run(
@@ -135,7 +136,7 @@ def _compare(method: DM, run: Run, state: State, iteration: int) -> list[pairs.E
     (pixels,) = state.images.parameters()
     copy = pixels.detach().clone().requires_grad_(True)
     real = run.source.gather(index).split(run.source.sizes_per_class(run.classes, method.real_batch))
-    loss = _slow_loss(network, views, real, copy.split(method.budget(run)))
+    loss = _slow_loss(network, views, real, copy.split(method.ipc))
     (gradient,) = torch.autograd.grad(loss, copy)
     reported = method.step(run, state, iteration)["loss"]
     assert pixels.grad is not None
@@ -166,9 +167,8 @@ def main() -> None:
     parser.add_argument("--warmups", type=int, default=1)
     options = parser.parse_args()
     if options.worker:
-        pairs.prepare(options)
         program = loops(options) if options.worker == "loops" else ours(options)
-        return pairs.work(options, program, options.warmups, options.steps)
+        return pairs.work(options, [program] * options.warmups, program, options.steps)
     small = {"real_batch": min(CHECKED_BATCH, options.real_batch), "per_class": min(1000, options.per_class)}
     checked = argparse.Namespace(**{**vars(options), **small})
     equality = [one for dtype in TOLERANCES for one in check(checked, dtype, iterations=3)]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.speed import pairs
 from benchmarks.speed.reference import OPS, PlainConvNet, given_view, random_view
 from dsdistill.augmentations import Siamese
+from dsdistill.core.device import default_chunk, settle_allocator
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
@@ -42,13 +43,14 @@ def make_protocol(epochs: int) -> EvaluationProtocol:
 def ours(options: argparse.Namespace) -> Callable[[], None]:
     """A function that trains and tests one network as `dsdistill.evaluate` does."""
     images, targets, test = make_data(options)
+    settle_allocator(test.device)
     protocol, repeat = make_protocol(options.epochs), iter(range(sys.maxsize))
 
     def score() -> None:
         rng = Rng(options.seed, job=f"repeat/{next(repeat)}", device=test.device)
         network = fresh_network(protocol, SHAPE, options.classes, rng)
         train(network, TrainingSet(images.__getitem__, targets, SHAPE), protocol, rng, mirror_safe=True)
-        accuracy(network, test, chunk=1000 if test.device.type != "cpu" else 64)
+        accuracy(network, test, chunk=default_chunk(SHAPE, test.device))
 
     return score
 
@@ -154,10 +156,9 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=2000, help="test images")
     options = parser.parse_args()
     if options.worker:
-        pairs.prepare(options)
         program = loops if options.worker == "loops" else ours
-        program(argparse.Namespace(**{**vars(options), "epochs": 2}))()
-        return pairs.work(options, program(options), warmups=0, steps=1)
+        short = argparse.Namespace(**{**vars(options), "epochs": 2})
+        return pairs.work(options, [program(short)], program(options), steps=1)
     equality = [check(options, torch.float32, 1, 1e-3), check(options, torch.float64, 12, 1e-10)]
     for one in equality:
         print(f"{one.quantity} ({one.dtype}): relative difference {one.relative:.2e}")

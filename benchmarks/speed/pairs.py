@@ -1,17 +1,19 @@
 """Timing two programs in turn, each run in a process of its own.
 
-One round runs the plain loops and dsdistill with the allocator as it comes, then both with freed memory kept (see
-`dsdistill.cli.allocator`): the command line keeps it, a library call does not, and plain loops would gain from it too.
+One round runs the plain loops, dsdistill, and the plain loops once more with a C allocator told to keep freed memory:
+`synthesize` and `evaluate` have the allocator keep their (smaller) blocks, and plain loops would gain from that too.
 """
 
 import argparse
+import ctypes
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,20 @@ from torch import Tensor
 
 from benchmarks.schema import RESULTS, ROOT, Comparison, Equality, write_result
 from benchmarks.speed.quiet import OtherLoad, wait_for_quiet
-from dsdistill.cli.allocator import keep_freed_memory
 from dsdistill.core.device import synchronize
 
 VARIANTS = {
     "loops": ["--worker", "loops"],
     "dsdistill": ["--worker", "dsdistill"],
-    "loops kept": ["--worker", "loops", "--keep-memory"],
-    "dsdistill kept": ["--worker", "dsdistill", "--keep-memory"],
+    "loops, memory kept": ["--worker", "loops", "--keep-memory"],
 }
 OTHERS = 0.15  # cores that other programs may use during a timing
 REPEATS = 4
 COMPARISONS = {
-    "library call": ("loops", "dsdistill"),
-    "command line (keeps freed memory)": ("loops", "dsdistill kept"),
-    "both keep freed memory": ("loops kept", "dsdistill kept"),
+    "both as they come": ("loops", "dsdistill"),
+    "loops with a tuned C allocator": ("loops, memory kept", "dsdistill"),
 }
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -50,11 +50,15 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def work(options: argparse.Namespace, program: Callable[[], None], warmups: int, steps: int) -> None:
-    """In a worker process: run ``program`` warm, then time it and print the mean seconds."""
+def work(
+    options: argparse.Namespace, warm: Iterable[Callable[[], None]], program: Callable[[], None], steps: int
+) -> None:
+    """In a worker process: run the programs in ``warm``, then time ``program`` and print the mean seconds."""
     device = torch.device(options.device)
-    for _ in range(warmups):
-        program()
+    if options.keep_memory:
+        keep_freed_memory()
+    for warmup in warm:
+        warmup()
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(steps):
@@ -63,9 +67,10 @@ def work(options: argparse.Namespace, program: Callable[[], None], warmups: int,
     print(json.dumps({"seconds": (time.perf_counter() - begin) / steps}))
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """In a worker process, before anything else."""
-    if options.keep_memory and not keep_freed_memory():
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to give nothing back to the system, in this process."""
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 * 2**20))
+    if platform.libc_ver()[0] != "glibc" or not all(ctypes.CDLL(None).mallopt(*pair) for pair in settings):
         sys.exit("the allocator of this C library cannot be tuned")
 
 
@@ -83,7 +88,7 @@ def measure(module: str, runs: int) -> tuple[dict[str, list[float]], list[float]
                 with OtherLoad() as others:
                     value = _once(module, arguments)
                 print(
-                    f"round {run + 1}/{runs}  {name:16s} {value:.4f} s  (others: {others.cores:.2f} cores)", flush=True
+                    f"round {run + 1}/{runs}  {name:18s} {value:.4f} s  (others: {others.cores:.2f} cores)", flush=True
                 )
                 if others.cores <= OTHERS:
                     break

@@ -9,14 +9,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.parser import Parser
 from dsdistill.cli.verbs import VERBS
-from dsdistill.errors import DistillError, InvalidSetting, Stopped
+from dsdistill.errors import DistillError, InvalidSetting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (see `dsdistill.errors`)."""
-    from dsdistill.cli.allocator import keep_freed_memory
-
-    keep_freed_memory()
     logging.basicConfig(format="dsdistill: %(message)s", level=logging.WARNING)
     logging.getLogger("dsdistill").setLevel(logging.INFO)
     parser = build_parser()
@@ -47,7 +44,7 @@ def _instantiated(parser: ArgumentParser, config: Namespace) -> Namespace:
 
 
 def _fail(error: DistillError, as_json: bool) -> int:
-    code = error.code if isinstance(error, Stopped) else error.exit_code
+    code = error.exit_code
     if as_json:
         print(json.dumps({"error": type(error).__name__, "message": str(error), "exit_code": code}))
     print(f"dsdistill: {type(error).__name__}: {error}".encode(errors="backslashreplace").decode(), file=sys.stderr)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,16 +28,15 @@ _MANIFEST_LIMIT = 64 * 2**20
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file atomically: temporary name, fsync, rename, fsync of the folder; mode as the umask says."""
-    descriptor, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
@@ -153,11 +153,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def content_hash(content: Any) -> str:
-    """A short stable hash of plain JSON content, independent of key order."""
-    return sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())[:16]
-
-
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` survive a power cut, where the system lets a folder be opened."""
     if os.name == "nt":
@@ -191,32 +186,36 @@ def ensure_writable(folder: Path) -> None:
         raise OutputConflict(folder, f"cannot be written ({error.strerror}); choose another output folder") from None
 
 
-def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
+def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:
     """Split nested dicts and lists into named tensors and a JSON skeleton; `unflatten` is the inverse.
 
     Args:
         tree: dicts (str or int keys), lists, tuples, tensors, numbers, strings, booleans, None.
 
     Raises:
-        TypeError: any other value.
+        TypeError: any other value, with its place.
     """
+    tensors: dict[str, Tensor] = {}
+    return tensors, _skeleton(tree, "", tensors)
+
+
+def _skeleton(tree: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
-        return {prefix: tree}, {"tensor": prefix}
+        name = f"{len(tensors)}:{place}"  # the number keeps {"a": {"b": ...}} apart from {"a/b": ...}
+        tensors[name] = tree
+        return {"tensor": name}
     if isinstance(tree, (dict, list, tuple)):
-        tensors: dict[str, Tensor] = {}
         items = []
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
             if not isinstance(key, (str, int)):
-                raise TypeError(f"checkpoint key {key!r} at {prefix!r} is neither str nor int")
-            inner, skeleton = flatten(value, f"{prefix}/{key}" if prefix else str(key))
-            tensors |= inner
-            items.append([key, skeleton])
-        return tensors, {type(tree).__name__: items}
+                raise TypeError(f"checkpoint key {key!r} at {place!r} is neither str nor int")
+            items.append([key, _skeleton(value, f"{place}/{key}" if place else str(key), tensors)])
+        return {type(tree).__name__: items}
     if tree is None or isinstance(tree, (bool, int, str)):
-        return {}, {"value": tree}
+        return {"value": tree}
     if isinstance(tree, float):
-        return {}, {"value": tree} if math.isfinite(tree) else {"float": repr(tree)}
-    raise TypeError(f"checkpoint entry {prefix!r} has type {type(tree).__name__}, which cannot be stored")
+        return {"value": tree} if math.isfinite(tree) else {"float": repr(tree)}
+    raise TypeError(f"checkpoint entry {place!r} has type {type(tree).__name__}, which cannot be stored")
 
 
 def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
@@ -230,9 +229,3 @@ def unflatten(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
         values = [unflatten(tensors, value) for _, value in content]
         return values if kind == "list" else tuple(values)
     return float(content) if kind == "float" else content
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -262,7 +262,7 @@ class ImageSource:
         return self.subset(kept), self.subset(held)
 
     def _derived(self, images: Tensor, targets: Tensor) -> "ImageSource":
-        other = ImageSource(
+        other = type(self)(
             self.name,
             self.classes,
             images,

@@ -1,6 +1,6 @@
 """The loop around every method: devices, seeds, checkpoints, signals, progress, files."""
 
 from dsdistill.engine.run import synthesize
-from dsdistill.engine.synthesizer import Job, Metrics, Run, State, Synthesizer, random_real
+from dsdistill.engine.synthesizer import Job, Metrics, PerClass, Run, State, Synthesizer
 
-__all__ = ["Job", "Metrics", "Run", "State", "Synthesizer", "random_real", "synthesize"]
+__all__ = ["Job", "Metrics", "PerClass", "Run", "State", "Synthesizer", "synthesize"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dsdistill.core import storage
 from dsdistill.engine.synthesizer import State
@@ -42,19 +42,18 @@ def restore(state: State, tree: Mapping[str, Any]) -> None:
     for name, optimizer in state.optimizers.items():
         optimizer.load_state_dict(tree["optimizers"][name])
     for name, extra in state.extras.items():
-        if isinstance(extra, nn.Module):
-            extra.load_state_dict(tree["extras"][name])
-        else:
+        if isinstance(extra, Tensor):
             extra.copy_(tree["extras"][name])
+        else:
+            extra.load_state_dict(tree["extras"][name])
 
 
-def all_finite(state: State) -> Tensor:
-    """Whether every floating-point tensor of images, labels and extras is finite; a boolean scalar on the device."""
-    tensors = [*state.images.state_dict().values(), *state.labels.state_dict().values()]
-    for extra in state.extras.values():
-        tensors += extra.state_dict().values() if isinstance(extra, nn.Module) else [extra]
-    checks = [torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()]
-    return torch.stack(checks).all() if checks else torch.tensor(True)
+def all_finite(state: State) -> bool:
+    """Whether every floating-point tensor of images, labels and extras is finite; one read of the device."""
+    content = [state.images.state_dict(), state.labels.state_dict(), *map(_content, state.extras.values())]
+    tensors, _ = storage.flatten(_plain(content))
+    checks = [torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()]
+    return not checks or bool(torch.stack([check.to(checks[0].device) for check in checks]).all())
 
 
 def write(folder: Path, iteration: int, tree: Mapping[str, Any], keep: int) -> None:
@@ -72,11 +71,11 @@ def write(folder: Path, iteration: int, tree: Mapping[str, Any], keep: int) -> N
     temporary.rename(final)
     storage.fsync_folder(folder)
     for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def read_newest(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None where there is none at all.
+def read_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint that is whole (iterations done, captured tree on the CPU), or None where there is none.
 
     Raises:
         BadArtifact: checkpoints exist, but every one of them is damaged.
@@ -84,7 +83,7 @@ def read_newest(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]
     steps = _steps(folder)
     for step in reversed(steps):
         try:
-            return _read(step, device)
+            return _read(step)
         except BadArtifact as error:
             problem = error
             logger.warning("checkpoint %s is discarded: %s", step.name, error)
@@ -93,21 +92,26 @@ def read_newest(folder: Path, device: torch.device) -> tuple[int, dict[str, Any]
     return None
 
 
-def _read(step: Path, device: torch.device) -> tuple[int, dict[str, Any]]:
+def _read(step: Path) -> tuple[int, dict[str, Any]]:
     meta = storage.read_manifest(step / _META)
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise BadArtifact(step, f"schema version {meta.get('schema_version')} is not {SCHEMA_VERSION}")
     tensors = storage.read_listed_tensors(step, meta, _TENSORS)
-    tree = storage.unflatten({name: tensor.to(device) for name, tensor in tensors.items()}, meta["state"])
-    return meta["iteration"], tree
+    return meta["iteration"], storage.unflatten(tensors, meta["state"])
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints of a job."""
+    for step in folder.glob("step_*"):
+        shutil.rmtree(step, ignore_errors=True)
 
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.suffix != _TEMPORARY)
 
 
-def _content(extra: nn.Module | Tensor) -> Any:
-    return extra.state_dict() if isinstance(extra, nn.Module) else extra
+def _content(extra: Any) -> Any:
+    return extra if isinstance(extra, Tensor) else extra.state_dict()
 
 
 def _plain(tree: Any) -> Any:

@@ -38,20 +38,28 @@ class Observer:
     def __init__(self, total: int, log: Path | None, progress: bool, title: str) -> None:
         self._begin = time.perf_counter()
         self._path = log
+        self._logged: dict[str, int] = {}  # lines that an earlier process left for each job
+        if log is not None and log.exists():
+            for entry in map(_parse, log.read_text(encoding="utf-8").splitlines(keepends=True)):
+                job = str(entry.get("job"))
+                self._logged[job] = self._logged.get(job, 0) + 1
         self._file = log.open("a", encoding="utf-8") if log else None
         self._bar = tqdm(total=total, desc=title, unit="step", disable=None if progress and total else True)
 
     def skip(self, job: str, iterations: int) -> None:
         """Begin (or go on with) a job after ``iterations`` finished steps; later lines of the log are dropped."""
         self._bar.update(iterations)
-        if self._path is None or self._file is None:
+        cut_line = self._logged.pop(str(None), 0)
+        if self._path is None or self._file is None or (self._logged.pop(job, 0) <= iterations and not cut_line):
             return
         self._file.close()
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            entry = _parse(line)
-            if entry is not None and (entry.get("job") != job or entry.get("iteration", 0) < iterations):
-                kept.append(line + "\n")
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        entries = [(line, _parse(line)) for line in lines]
+        kept = [
+            line
+            for line, entry in entries
+            if "job" in entry and (entry["job"] != job or entry.get("iteration", 0) < iterations)
+        ]
         storage.write_bytes(self._path, "".join(kept).encode())
         self._file = self._path.open("a", encoding="utf-8")
 
@@ -74,12 +82,12 @@ class Observer:
             self._file.close()
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    try:  # a kill may have cut the last line short
+def _parse(line: str) -> dict[str, Any]:
+    try:
         entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
+    except ValueError:  # a kill cut the last line short
+        return {}
+    return entry if isinstance(entry, dict) and line.endswith("\n") else {}
 
 
 class StopRequest:

@@ -22,10 +22,6 @@ from dsdistill.synthetic import Recipe, SyntheticDataset
 logger = logging.getLogger("dsdistill")
 Callback = Callable[[StepEvent], None]
 
-# Reading a loss from an accelerator makes the host wait; there, losses are read in groups.
-_READ_EVERY = {"cpu": 1}
-_READ_EVERY_ACCELERATOR = 20
-
 
 def synthesize(
     method: Synthesizer,
@@ -73,42 +69,44 @@ def synthesize(
             raise InvalidSetting(name, value, "an integer of at least 1")
     if not isinstance(seed, int):
         raise InvalidSetting("seed", seed, "an integer")
-    method.check(source.train_only())
-    chunk = chunk or default_chunk(source.shape, resolved)
+    training = source.train_only()
+    method.check(training)
     settle_allocator(resolved)
+    chunk = chunk or default_chunk(source.shape, resolved)
     run = Run(
-        source=source.train_only().to(resolved),
+        source=training.to(resolved),
         device=resolved,
         rng=Rng(seed, device=resolved),
         classes=tuple(range(source.num_classes)),
         chunk=chunk,
+        recipe=_recipe(method, source, seed, resolved, chunk),
     )
-    recipe = _recipe(method, run)
-    execution = Execution(method, run, recipe, checkpoint_every=checkpoint_every, progress=progress, callback=callback)
+    execution = Execution(method, run, checkpoint_every=checkpoint_every, progress=progress, callback=callback)
     if out is None:
         return execution()
-    with Workspace(Path(out), recipe, overwrite=overwrite, keep=keep) as workspace:
+    with Workspace(Path(out), run.recipe, overwrite=overwrite, keep=keep) as workspace:
         if workspace.finished:
             logger.info("%s holds the finished set of this very run; nothing to do", out)
             return SyntheticDataset.load(out)
         execution.workspace = workspace
+        execution.run = replace(run, recipe=workspace.recipe)
         result = execution()
         workspace.commit(result)
     return result
 
 
-def _recipe(method: Synthesizer, run: Run) -> Recipe:
-    source = run.source
+def _recipe(method: Synthesizer, source: ImageSource, seed: int, device: torch.device, chunk: int) -> Recipe:
     return Recipe(
         method=to_dict(method),
-        seed=run.rng.seed,
+        seed=seed,
         source={
             "name": source.name,
             "fingerprint": source.fingerprint,
             "counts": list(source.counts),
             "normalization": source.normalization.to_json(),
+            "mirror_safe": source.mirror_safe,
         },
-        execution={"device": run.device.type, "threads": torch.get_num_threads(), "chunk": run.chunk},
+        execution={"device": device.type, "threads": torch.get_num_threads(), "chunk": chunk},
     )
 
 
@@ -118,32 +116,42 @@ class Execution:
 
     method: Synthesizer
     run: Run
-    recipe: Recipe
-    checkpoint_every: int
-    progress: bool
-    callback: Callback | None
+    checkpoint_every: int = 100
+    progress: bool = False
+    callback: Callback | None = None
     workspace: Workspace | None = None
     order: Callable[[Sequence[Job]], Sequence[Job]] = field(default=lambda jobs: jobs)
     """In which order to run the jobs; the result does not depend on it, and the contract suite says so."""
+    observer: Observer = field(init=False)
+    stop: StopRequest = field(init=False)
 
     def __call__(self) -> SyntheticDataset:
         method, run = self.method, self.run
-        with isolated_global_rng(run.device), StopRequest(active=self.workspace is not None) as self._stop:
+        self.stop = StopRequest(active=self.workspace is not None)
+        with isolated_global_rng(run.device), self.stop:
             seed_global(run.rng.integer("global/prepare"), run.device)
             method.prepare(run)
             jobs = method.jobs(run)
             log = self.workspace.metrics if self.workspace else None
-            self._observer = Observer(method.steps * len(jobs), log, self.progress, type(method).__name__)
+            self.observer = Observer(method.steps * len(jobs), log, self.progress, type(method).__name__)
+            parts: dict[str, SyntheticDataset] = {}
             try:
-                parts = {job.key: self._part(job, alone=len(jobs) == 1) for job in self.order(jobs)}
+                for job in self.order(jobs):
+                    self._give_way(steps=0)
+                    parts[job.key] = self._part(job, alone=len(jobs) == 1)
             finally:
-                self._observer.close()
-        return replace(SyntheticDataset.join([parts[job.key] for job in jobs]), recipe=self.recipe)
+                self.observer.close()
+        return _joined(run.recipe, [parts[job.key] for job in jobs])
+
+    def _give_way(self, steps: int) -> None:
+        """Stop here if a signal asked for it."""
+        if self.stop.signum is not None and self.workspace is not None:
+            raise Stopped(self.stop.signum, steps, self.workspace.folder)
 
     def _part(self, job: Job, alone: bool) -> SyntheticDataset:
         earlier = self.workspace.part(job) if self.workspace else None
         if earlier is not None:
-            self._observer.skip(job.key, self.method.steps)
+            self.observer.skip(job.key, self.method.steps)
             return earlier
         part = self._job(job)
         if self.workspace and not alone:
@@ -154,37 +162,44 @@ class Execution:
         method, run = self.method, self.run.scoped(job)
         seed_global(run.rng.integer("global/start"), run.device)
         state = method.start(run, job)
+        state.images.to(run.device)
+        state.labels.to(run.device)
         begin = self._resume(job, state)
         watch = _Watch(self, run, job, state, begin)
         for iteration in range(begin, method.steps):
             seed_global(run.rng.integer("global/step", iteration), run.device)
             watch.add(iteration, method.step(run, state, iteration))
             done = iteration + 1
-            due = done % self.checkpoint_every == 0 and done < method.steps
-            stopping = self._stop.signum is not None
-            if (
-                due
-                or stopping
-                or done == method.steps
-                or done % _READ_EVERY.get(run.device.type, _READ_EVERY_ACCELERATOR) == 0
-            ):
+            stopping = self.stop.signum is not None
+            save = stopping or (done % self.checkpoint_every == 0 and done < method.steps)
+            if save or done == method.steps or done % watch.read_every == 0:
                 watch.read()
-            if self.workspace and (due or stopping):
+            if save and self.workspace:
                 self.workspace.write_checkpoint(job, done, checkpoint.capture(state))
-            if self.workspace and self._stop.signum is not None and stopping:
-                raise Stopped(self._stop.signum, done, self.workspace.folder)
+            if stopping:
+                self._give_way(steps=done)
         seed_global(run.rng.integer("global/finish"), run.device)
         return method.finish(run, state)
 
     def _resume(self, job: Job, state: State) -> int:
-        found = self.workspace.read_checkpoint(job, self.run.device) if self.workspace else None
+        found = self.workspace.read_checkpoint(job) if self.workspace else None
         begin = 0
         if found is not None:
             begin, tree = found
             checkpoint.restore(state, tree)
             logger.info("job %r goes on after %d steps", job.key, begin)
-        self._observer.skip(job.key, begin)
+        self.observer.skip(job.key, begin)
         return begin
+
+
+def _joined(recipe: Recipe, parts: Sequence[SyntheticDataset]) -> SyntheticDataset:
+    """The parts as one set; what their recipes tell beyond the run's (notes, parents) is kept once each."""
+    notes = dict.fromkeys(note for part in parts for note in part.recipe.notes)
+    parents = [parent for part in parts for parent in part.recipe.parents]
+    unique = [parent for index, parent in enumerate(parents) if parent not in parents[:index]]
+    return replace(
+        SyntheticDataset.join(parts), recipe=replace(recipe, notes=tuple(notes), parents=(*recipe.parents, *unique))
+    )
 
 
 class _Watch:
@@ -194,6 +209,8 @@ class _Watch:
         self._execution, self._run, self._job, self._state = execution, run, job, state
         self._pending: list[tuple[int, Metrics]] = []
         self._good: tuple[int, dict[str, Any], Mapping[str, float]] = (begin, checkpoint.capture(state), {})
+        # Reading a loss from an accelerator makes the host wait; there, losses are read in groups.
+        self.read_every = 1 if run.device.type == "cpu" else 20
 
     def add(self, iteration: int, metrics: Metrics) -> None:
         self._pending.append((iteration, metrics))
@@ -204,14 +221,14 @@ class _Watch:
             culprit = next((name for name, value in values.items() if value - value != 0), None)
             if culprit:
                 self._diverged(iteration, culprit)
-            event = self._execution._observer.step(self._job.key, iteration, values)
+            event = self._execution.observer.step(self._job.key, iteration, values)
             if self._execution.callback:
                 self._execution.callback(event)
             last, last_values = iteration, values
         if not self._pending:
             return
         self._pending.clear()
-        if not bool(checkpoint.all_finite(self._state)):
+        if not checkpoint.all_finite(self._state):
             self._diverged(last, "the updated state")
         self._good = (last + 1, checkpoint.capture(self._state), last_values)
 
@@ -220,7 +237,7 @@ class _Watch:
         execution = self._execution
         checkpoint.restore(self._state, tree)
         note = f"NOT FINISHED: diverged at iteration {iteration}; this is the state after {done} iterations"
-        recipe = replace(execution.recipe, notes=(note,))
+        recipe = replace(self._run.recipe, notes=(*self._run.recipe.notes, note))
         last_good = replace(execution.method.finish(self._run, self._state), recipe=recipe)
         saved = execution.workspace.save_last_good(last_good) if execution.workspace else None
         raise Diverged(

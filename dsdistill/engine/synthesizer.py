@@ -23,7 +23,7 @@ from dsdistill.parameterizations import Parameterization, Pixels
 from dsdistill.synthetic import Recipe, SyntheticDataset
 
 Metrics = Mapping[str, Tensor]
-"""What a step reports: detached scalar tensors by name; "loss" is checked to be finite."""
+"""What a step reports: detached scalar tensors by name, each of which must be finite."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,16 @@ class Job:
 
 @dataclass
 class State:
-    """Everything that changes during synthesis, and nothing else: this is what a checkpoint holds."""
+    """Everything that changes during synthesis, and nothing else: this is what a checkpoint holds.
+
+    ``extras`` are tensors of fixed shape, or anything with ``state_dict`` and ``load_state_dict`` (modules,
+    schedulers). The engine moves images and labels to the run's device after `Synthesizer.start`.
+    """
 
     images: Parameterization
     labels: Labels
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    extras: dict[str, nn.Module | Tensor] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Run:
     """What a method may use: real training data, device, named random streams. There are no globals.
 
     ``source`` lives on ``device`` and gives no way to the test split; ``rng`` and ``classes`` are those of the
-    current job; ``chunk`` is how many images should pass a network at a time (memory and cache, not maths).
+    current job; ``chunk`` is how many images should pass a network at a time (memory and cache, not maths);
+    ``recipe`` says how the set is being made (empty in a run made by hand).
     """
 
     source: ImageSource
@@ -57,7 +62,8 @@ class Run:
     rng: Rng
     classes: tuple[int, ...]
     chunk: int
-    _networks: dict[NetworkSpec, nn.Module] = field(default_factory=dict, repr=False)
+    recipe: Recipe = field(default_factory=lambda: Recipe(method={}, seed=0, source={}))
+    _networks: dict[tuple[NetworkSpec, str], nn.Module] = field(default_factory=dict, repr=False)
 
     def scoped(self, job: Job) -> "Run":
         """The same run as a job of it sees it."""
@@ -66,20 +72,16 @@ class Run:
     def network(self, spec: NetworkSpec, iteration: int, *, name: str = "network") -> nn.Module:
         """A freshly initialised network of stream ``name`` at ``iteration``, its parameters frozen.
 
-        One module per spec is kept and refilled in place: a network obtained earlier changes with this call.
+        One module is kept for each spec and name and refilled in place, so the network of an earlier iteration
+        changes with this call; a method that needs several at once gives them different names.
         """
-        generator = self.rng.at(name, iteration, device="cpu")
-        if spec in self._networks:
-            network = spec.refresh(
-                self._networks[spec],
-                self.source.shape,
-                self.source.num_classes,
-                generator=generator,
-                device=self.device,
-            )
+        shape, classes, generator = self.source.shape, self.source.num_classes, self.rng.at(name, iteration)
+        kept = self._networks.get((spec, name))
+        if kept is None:
+            network = spec.build(shape, classes, generator=generator, device=self.device)
         else:
-            network = spec.build(self.source.shape, self.source.num_classes, generator=generator, device=self.device)
-        self._networks[spec] = network
+            network = spec.refresh(kept, shape, classes, generator=generator, device=self.device)
+        self._networks[spec, name] = network
         return network.requires_grad_(False)
 
 
@@ -89,7 +91,7 @@ class Synthesizer(ABC):
 
     The base class of all methods: a frozen, keyword-only dataclass whose fields are the settings, checked when the
     object is made. Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps`
-    and `step`.
+    and `step`. Most extend `PerClass`, which brings ``ipc``.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
@@ -97,11 +99,6 @@ class Synthesizer(ABC):
 
     paper: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-
-    ipc: Annotated[int, Ge(1)] = 10
-    """Synthetic images per class."""
-    on_small_class: Literal["error", "cap", "duplicate"] = "error"
-    """What to do with a class that has fewer real images than ipc: refuse, take fewer, or repeat images."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -112,24 +109,7 @@ class Synthesizer(ABC):
         return 0
 
     def check(self, source: ImageSource) -> None:
-        """Refuse a source this method cannot work with, before any work starts.
-
-        Raises:
-            BadData: a class is smaller than ``ipc`` and ``on_small_class`` is "error".
-        """
-        small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < self.ipc]
-        if small and self.on_small_class == "error":
-            raise BadData(
-                f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: "
-                f"{', '.join(small[:5])}; lower ipc, or set on_small_class to 'cap' (fewer images) "
-                "or 'duplicate' (repeated images)"
-            )
-
-    def budget(self, run: Run) -> list[int]:
-        """Stored images of each class of the run, in the order of ``run.classes``."""
-        if self.on_small_class == "cap":
-            return [min(self.ipc, run.source.counts[c]) for c in run.classes]
-        return [self.ipc] * len(run.classes)
+        """Refuse a source this method cannot work with, before any work starts and any file is made."""
 
     def prepare(self, run: Run) -> None:
         """Build what all jobs share (experts, teachers, statistics). Nothing by default."""
@@ -147,13 +127,14 @@ class Synthesizer(ABC):
         raise TypeError(f"{type(self).__name__} has {self.steps} steps but no step()")
 
     def finish(self, run: Run, state: State) -> SyntheticDataset:
-        """Freeze the state into a set. The engine adds the recipe's notes of its own."""
+        """Freeze the state into a set with the run's recipe; notes and parents added to that recipe are kept."""
+        every = torch.arange(state.images.count)
         return SyntheticDataset(
-            images=state.images.subset(torch.arange(state.images.count)).cpu(),
-            labels=state.labels.subset(torch.arange(state.labels.count)).cpu(),
+            images=state.images.subset(every).cpu(),
+            labels=state.labels.subset(every).cpu(),
             normalization=run.source.normalization,
             classes=run.source.classes,
-            recipe=Recipe(method={}, seed=run.rng.seed, source={}),
+            recipe=run.recipe,
         )
 
     @classmethod
@@ -169,13 +150,36 @@ class Synthesizer(ABC):
         return cls(**{**cls.presets[name], **changes})
 
 
-def random_real(run: Run, method: Synthesizer) -> tuple[Pixels, HardLabels]:
-    """The usual start: ``ipc`` distinct random real images per class, class-major, with their hard labels.
+@dataclass(frozen=True, kw_only=True)
+class PerClass(Synthesizer):
+    """A method that makes a given number of images of every class."""
 
-    A class with fewer images gives all of them ("cap"), or all of them over and over ("duplicate").
-    """
-    index = run.source.per_class_indices(run.classes, method.ipc, run.rng.at("init"))
-    blocks = torch.split(index, [min(method.ipc, run.source.counts[c]) for c in run.classes])
-    wanted = method.budget(run)
-    index = torch.cat([block.repeat(-(-n // len(block)))[:n] for block, n in zip(blocks, wanted, strict=True)])
-    return Pixels(run.source.gather(index)), HardLabels(run.source.targets[index], run.source.num_classes)
+    ipc: Annotated[int, Ge(1)] = 10
+    """Synthetic images per class."""
+    on_small_class: Literal["error", "cap", "duplicate"] = "error"
+    """What to do with a class that has fewer real images than ipc: refuse, take fewer, or repeat images."""
+
+    def check(self, source: ImageSource) -> None:
+        """Refuse a source with a class smaller than ``ipc``, unless ``on_small_class`` says otherwise.
+
+        Raises:
+            BadData: naming the classes and the mends.
+        """
+        small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < self.ipc]
+        if small and self.on_small_class == "error":
+            raise BadData(
+                f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: "
+                f"{', '.join(small[:5])}; lower ipc, or set on_small_class to 'cap' (fewer images) "
+                "or 'duplicate' (repeated images)"
+            )
+
+    def random_real(self, run: Run) -> tuple[Pixels, HardLabels]:
+        """The usual start: ``ipc`` distinct random real images per class, class-major, with their hard labels.
+
+        A class with fewer images gives all of them ("cap"), or all of them over and over ("duplicate").
+        """
+        index = run.source.per_class_indices(run.classes, self.ipc, run.rng.at("init"))
+        if self.on_small_class == "duplicate":
+            blocks = torch.split(index, run.source.sizes_per_class(run.classes, self.ipc))
+            index = torch.cat([block.repeat(-(-self.ipc // len(block)))[: self.ipc] for block in blocks])
+        return Pixels(run.source.gather(index)), HardLabels(run.source.targets[index], run.source.num_classes)

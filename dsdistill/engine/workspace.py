@@ -16,12 +16,12 @@ import logging
 import os
 import shutil
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import filelock
-import torch
 
 from dsdistill.core import storage
 from dsdistill.engine import checkpoint
@@ -38,7 +38,8 @@ class Workspace:
 
     Args:
         folder: output folder.
-        recipe: of the run about to start; a folder that holds another one is refused.
+        recipe: of the run about to start; a folder that holds another one is refused. Once entered, `recipe` is the
+            recorded one of the run that goes on.
         overwrite: start afresh, removing an earlier run and its set (nothing else) from the folder.
         keep: how many checkpoints of each job to keep.
 
@@ -69,7 +70,7 @@ class Workspace:
             storage.sweep_temporaries(folder)
         if self.finished:
             shutil.rmtree(self.run / "jobs", ignore_errors=True)  # a kill may have come before this
-        if not (self.run / _RUN).exists() and not self.finished:
+        if not self.finished:
             storage.write_json(self.run / _RUN, storage.sealed(self.recipe.to_json()))
         return self
 
@@ -96,8 +97,9 @@ class Workspace:
         return SyntheticDataset.load(folder) if (folder / MANIFEST).exists() else None
 
     def save_part(self, job: Job, part: SyntheticDataset) -> None:
-        """Keep a finished job's images until the whole run is finished."""
+        """Keep a finished job's images until the whole run is finished; its checkpoints have served."""
         part.save(self.job_folder(job) / "part")
+        checkpoint.clear(self.job_folder(job))
 
     def commit(self, synthetic: SyntheticDataset) -> None:
         """Write the finished set and remove what only served to get there."""
@@ -110,9 +112,9 @@ class Workspace:
         shutil.rmtree(folder, ignore_errors=True)
         return synthetic.save(folder)
 
-    def read_checkpoint(self, job: Job, device: torch.device) -> tuple[int, dict[str, Any]] | None:
+    def read_checkpoint(self, job: Job) -> tuple[int, dict[str, Any]] | None:
         """The newest usable checkpoint of a job: finished iterations and captured state."""
-        return checkpoint.read_newest(self.job_folder(job), device)
+        return checkpoint.read_newest(self.job_folder(job))
 
     def write_checkpoint(self, job: Job, iteration: int, tree: dict[str, Any]) -> None:
         """Commit a checkpoint of a job."""
@@ -121,10 +123,17 @@ class Workspace:
     # -- opening -----------------------------------------------------------------------------------------------
 
     def _refuse_foreign(self) -> None:
-        if not self.folder.is_dir() or self.run.exists() or (self.folder / MANIFEST).exists():
+        """A folder is ours if it records a run of ours or holds a set of ours; otherwise it must be empty."""
+        if not self.folder.is_dir() or (self.run / _RUN).exists() or (self.run / "lock.json").exists():
+            return
+        if (self.folder / MANIFEST).exists():
+            try:
+                read_manifest(self.folder)
+            except BadArtifact as error:
+                raise OutputConflict(self.folder, f"holds a {MANIFEST} of something else ({error})") from error
             return
         foreign = sorted(path.name for path in self.folder.iterdir() if not path.name.startswith(".tmp-"))
-        if foreign:
+        if foreign and foreign != [self.run.name]:
             raise OutputConflict(self.folder, f"holds files that no run wrote ({foreign[0]!r}); choose an empty folder")
 
     def _acquire(self) -> None:
@@ -141,10 +150,10 @@ class Workspace:
         storage.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
 
     def _clear(self) -> None:
-        if (self.folder / MANIFEST).exists():
-            (self.folder / MANIFEST).unlink()  # first, so that the rest is never mistaken for a whole set
-        for name in ("images.safetensors", "labels.safetensors", "README.md", "grid.png"):
-            (self.folder / name).unlink(missing_ok=True)
+        if (self.folder / MANIFEST).exists() or (self.folder / SyntheticDataset.FILES[0]).exists():
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # first, so that the rest is never mistaken for a set
+            for name in SyntheticDataset.FILES:
+                (self.folder / name).unlink(missing_ok=True)
         for path in (_RUN, "metrics.jsonl"):
             (self.run / path).unlink(missing_ok=True)
         for name in ("jobs", "last-good"):
@@ -171,11 +180,14 @@ class Workspace:
                 f"holds another run. Differences (there -> asked for):\n  {listing}\n"
                 "Choose another output folder, or --overwrite to replace it",
             )
-        for change in differences(earlier.versions, self.recipe.versions):
-            logger.warning("%s was begun under another version: %s; bits may differ", self.folder, change)
-        threads = (earlier.execution.get("threads"), self.recipe.execution.get("threads"))
-        if threads[0] != threads[1]:
-            logger.warning("%s was begun with %s threads, now %s; last bits may differ", self.folder, *threads)
+        moved = differences(earlier.execution, self.recipe.execution) + differences(
+            earlier.versions, self.recipe.versions
+        )
+        if moved and not self.finished:
+            note = f"continued under other conditions, so the last bits may differ: {'; '.join(moved)}"
+            logger.warning("%s is %s", self.folder, note)
+            earlier = replace(earlier, notes=(*earlier.notes, note))
+        self.recipe = earlier
 
 
 def differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:
@@ -190,6 +202,6 @@ def differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same run; where and under which versions they ran only touches the last bits."""
     content = recipe.to_json()
-    execution = {key: value for key, value in content["execution"].items() if key != "threads"}
-    return {"method": content["method"], "seed": content["seed"], "source": content["source"], "execution": execution}
+    return {key: content[key] for key in ("method", "seed", "source")}

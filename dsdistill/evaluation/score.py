@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dsdistill.core import storage
 from dsdistill.core.config import to_dict
-from dsdistill.core.device import peak_memory, resolve_device, settle_allocator, synchronize
+from dsdistill.core.device import default_chunk, peak_memory, resolve_device, settle_allocator, synchronize
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, Diverged, InvalidSetting, UnknownName
@@ -115,8 +115,9 @@ def evaluate(
 ) -> EvaluationResult:
     """Train ``repeats`` fresh networks on ``synthetic`` and test each once, after its last epoch.
 
-    Repeat i uses the same initial network, order and views for every row, so rows are paired by seed. The random
-    row draws new real images in each repeat, as many per class as the set stores.
+    Repeat i uses the same seeds for every row: the same initial network, and (between rows of equal size) the same
+    order and views, so rows are paired. The random row draws new real images in each repeat, as many of each class
+    as the set stores, or all there are.
 
     Args:
         synthetic: the set to score.
@@ -138,7 +139,7 @@ def evaluate(
     resolved = resolve_device(device)
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     baselines = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
-    _check(synthetic, source, repeats, baselines, whole_epochs, seed)
+    _check(synthetic, source, repeats, baselines, whole_epochs, seed, protocol)
     settle_allocator(resolved)
     real = source.normalized_by(synthetic.normalization).to(resolved)
     test = real.test.to(resolved)
@@ -206,7 +207,7 @@ class _Scorer:
         train(network, data, protocol, rng, mirror_safe=self.real.mirror_safe)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
             raise Diverged(f"training of {protocol.network.name}", f"repeat {repeat}", epochs, "a parameter")
-        return accuracy(network, self.test, chunk=1000 if self.device.type != "cpu" else 64)
+        return accuracy(network, self.test, chunk=default_chunk(self.test.shape, self.device))
 
 
 def _check(
@@ -216,6 +217,7 @@ def _check(
     baselines: tuple[str, ...],
     whole_epochs: int | None,
     seed: int,
+    protocol: EvaluationProtocol,
 ) -> None:
     for name, value in (("repeats", repeats), ("whole_epochs", whole_epochs)):
         if (value is not None or name == "repeats") and (not isinstance(value, int) or value < 1):
@@ -225,6 +227,7 @@ def _check(
     for baseline in baselines:
         if baseline not in BASELINES:
             raise UnknownName("baseline", baseline, BASELINES)
+    protocol.network.check(source.shape, source.num_classes)
     if synthetic.classes != source.classes:
         raise BadData(
             f"the set has classes {_short(synthetic.classes)} but {source.name!r} has {_short(source.classes)}: "
@@ -256,7 +259,11 @@ def _context(synthetic: SyntheticDataset, source: ImageSource, device: torch.dev
             "bytes": synthetic.nbytes._asdict(),
             "notes": list(synthetic.recipe.notes),
         },
-        "source": {"name": source.name, "fingerprint": source.fingerprint},
+        "source": {
+            "name": source.name,
+            "fingerprint": source.fingerprint,
+            "mirror_safe": source.mirror_safe,
+        },
         "device": {"type": device.type, "hardware": hardware, "threads": torch.get_num_threads()},
         "versions": library_versions(),
     }

@@ -28,7 +28,9 @@ class TrainingSet(NamedTuple):
 
 
 def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num_classes: int, rng: Rng) -> nn.Module:
-    """A network proven untrained: it equals, bit for bit, what its seed yields a second time, and another seed not.
+    """A network proven fresh: built again from its seed it is the same to the last bit, from another seed it differs.
+
+    This catches networks that were trained, shared or loaded; not a factory that trains anew at every call.
 
     Args:
         rng: scoped to the repeat; the seed is its stream "network".
@@ -39,7 +41,7 @@ def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num
     spec, device = protocol.network, rng.device
 
     def build(stream: str) -> nn.Module:
-        return spec.build(shape, num_classes, generator=rng.at(stream, device="cpu"), device=device)
+        return spec.build(shape, num_classes, generator=rng.at(stream), device=device)
 
     network = build("network")
     digest = parameter_digest(network)

@@ -15,7 +15,7 @@ class Labels(Stored):
     @property
     @abstractmethod
     def classes(self) -> Tensor:
-        """(N,), int64: the class each stored item belongs to."""
+        """(N,), int64, on the CPU (who belongs where is the host's business): the class of each stored item."""
 
     @abstractmethod
     def target(self, owner: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ class HardLabels(Labels):
                 f"hard labels span [{int(classes.min())}, {int(classes.max())}], but there are {num_classes} classes"
             )
         self.num_classes = num_classes
+        self._host = classes.detach().to("cpu", torch.int64, copy=True)
         self._classes: Tensor
-        self.register_buffer("_classes", classes.to(torch.int64, copy=True))
+        self.register_buffer("_classes", classes.detach().to(torch.int64, copy=True))
 
     @property
     def count(self) -> int:
@@ -43,10 +44,10 @@ class HardLabels(Labels):
 
     @property
     def classes(self) -> Tensor:
-        return self._classes
+        return self._host
 
     def target(self, owner: Tensor) -> Tensor:
-        return self._classes[owner]
+        return self._classes.index_select(0, owner.to(self._classes.device, non_blocking=True))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"classes": self._classes.to(torch.int32)}
@@ -63,7 +64,7 @@ class HardLabels(Labels):
         return cls(tensors["classes"], settings["num_classes"])
 
     def subset(self, index: Tensor) -> Self:
-        return type(self)(self._classes[index], self.num_classes)
+        return type(self)(self.target(index), self.num_classes)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:

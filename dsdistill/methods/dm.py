@@ -24,13 +24,14 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from dsdistill.augmentations import Augmentation, Siamese, Views
-from dsdistill.engine import Job, Metrics, Run, State, Synthesizer, random_real
+from dsdistill.data import ImageSource
+from dsdistill.engine import Job, Metrics, PerClass, Run, State
 from dsdistill.networks import NetworkSpec, embed, has_batchnorm
 from dsdistill.objectives.distribution import class_sums, mean_distance
 
 
 @dataclass(frozen=True, kw_only=True)
-class DM(Synthesizer):
+class DM(PerClass):
     """Distribution matching: synthetic class means follow real class means under random networks."""
 
     paper: ClassVar[str] = "Zhao & Bilen, Dataset Condensation with Distribution Matching, WACV 2023, arXiv 2110.04181"
@@ -59,19 +60,26 @@ class DM(Synthesizer):
         return self.iterations
 
     def start(self, run: Run, job: Job) -> State:
-        images, labels = random_real(run, self)
+        images, labels = self.random_real(run)
         optimizer = torch.optim.SGD(images.parameters(), lr=self.lr_images, momentum=self.momentum)
         return State(images, labels, {"images": optimizer})
+
+    def check(self, source: ImageSource) -> None:
+        super().check(source)
+        self.network.check(source.shape, source.num_classes)
 
     def step(self, run: Run, state: State, iteration: int) -> Metrics:
         network = run.network(self.network, iteration)
         views = self._sample_views(run, iteration)
         target = self._real_means(run, network, views, iteration)
+        owner = _class_positions(run, state)
+        whole = has_batchnorm(network)  # its statistics couple all images of a side
         optimizer = state.optimizers["images"]
         optimizer.zero_grad()
         loss = torch.zeros((), device=run.device)
-        for part in self._class_ranges(run, network):  # the loss is a sum over classes: range by range is exact
-            distance = mean_distance(target[part], self._synthetic_means(run, state, network, views, part))
+        for part in _class_ranges(owner, len(run.classes), len(owner) if whole else run.chunk):
+            # The loss is a sum over classes, so its gradient may be taken range by range.
+            distance = mean_distance(target[part], self._synthetic_means(state, network, views, owner, part))
             distance.backward()  # type: ignore[no-untyped-call]
             loss += distance.detach()
         optimizer.step()
@@ -86,13 +94,6 @@ class DM(Synthesizer):
         generator = run.rng.at("views", iteration, device="cpu")
         return suited.sample(len(run.classes), run.source.shape, generator, per="class", device=run.device)
 
-    def _sums(self, network: nn.Module, images: Tensor, views: Views | None, owner: Tensor, classes: slice) -> Tensor:
-        """(K', D) sums of the features of the images of a range of classes; ``owner`` (M,) is their class position."""
-        if views is not None and self.augmentation is not None:
-            images = self.augmentation.apply(images, views, owner)
-        rows = (owner - classes.start).to(images.device, non_blocking=True)
-        return class_sums(embed(network, images), rows, classes.stop - classes.start)
-
     @torch.no_grad()
     def _real_means(self, run: Run, network: nn.Module, views: Views | None, iteration: int) -> Tensor:
         """(K, D) mean features of fresh real images; only sums are kept, so memory does not grow with the batch."""
@@ -103,23 +104,37 @@ class DM(Synthesizer):
         sums = torch.zeros((), device=run.device)
         for rows, whose in zip(torch.split(index, chunk), torch.split(owner, chunk), strict=True):
             sums = sums + self._sums(network, run.source.gather(rows), views, whose, slice(0, len(sizes)))
-        return sums / sizes.to(sums)[:, None]
+        return sums / sizes.to(sums, non_blocking=True)[:, None]
 
-    def _synthetic_means(self, run: Run, state: State, network: nn.Module, views: Views | None, part: slice) -> Tensor:
+    def _synthetic_means(
+        self, state: State, network: nn.Module, views: Views | None, owner: Tensor, part: slice
+    ) -> Tensor:
         """(K', D) mean features of the synthetic images of a range of classes, differentiable in what is stored."""
-        sizes = torch.tensor(self.budget(run))
-        owner = torch.arange(len(sizes)).repeat_interleave(sizes)
-        begin, end = int(sizes[: part.start].sum()), int(sizes[: part.stop].sum())
-        images, stored = state.images.decode(torch.arange(begin, end))
-        counts = owner[stored].bincount(minlength=len(sizes))[part]
-        return self._sums(network, images, views, owner[stored], part) / counts.to(images)[:, None]
+        images, stored = state.images.decode(((owner >= part.start) & (owner < part.stop)).nonzero().flatten())
+        counts = owner[stored].bincount(minlength=part.stop)[part]
+        sums = self._sums(network, images, views, owner[stored], part)
+        return sums / counts.to(sums, non_blocking=True)[:, None]
 
-    def _class_ranges(self, run: Run, network: nn.Module) -> Iterator[slice]:
-        """Consecutive classes whose synthetic images together fill about one chunk."""
-        sizes = self.budget(run)
-        limit = sum(sizes) if has_batchnorm(network) else run.chunk
-        begin = 0
-        for end in range(1, len(sizes) + 1):
-            if end == len(sizes) or sum(sizes[begin : end + 1]) > limit:
-                yield slice(begin, end)
-                begin = end
+    def _sums(self, network: nn.Module, images: Tensor, views: Views | None, owner: Tensor, part: slice) -> Tensor:
+        """(K', D) sums of the features of each class in ``part``; ``owner`` (M,) is the class position of an image."""
+        if views is not None and self.augmentation is not None:
+            images = self.augmentation.apply(images, views, owner)
+        rows = (owner - part.start).to(images.device, non_blocking=True)
+        return class_sums(embed(network, images), rows, part.stop - part.start)
+
+
+def _class_positions(run: Run, state: State) -> Tensor:
+    """Position in ``run.classes`` of every stored item, (N,) on the CPU."""
+    position = torch.full((run.source.num_classes,), -1)
+    position[list(run.classes)] = torch.arange(len(run.classes))
+    return position[state.labels.classes]
+
+
+def _class_ranges(owner: Tensor, classes: int, limit: int) -> Iterator[slice]:
+    """Consecutive classes whose stored images together are about ``limit``."""
+    ends = owner.bincount(minlength=classes).cumsum(0).tolist()
+    begin, before = 0, 0
+    for end in range(1, classes + 1):
+        if end == classes or ends[end] - before > limit:
+            yield slice(begin, end)
+            begin, before = end, ends[end - 1]

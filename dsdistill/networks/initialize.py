@@ -39,6 +39,8 @@ def reinitialize_(module: nn.Module, generator: torch.Generator) -> None:
             )
     total = sum(parameter.numel() for parameter, _ in drawn)
     uniform = torch.rand(total, generator=generator, device=generator.device)
+    if drawn:
+        uniform = uniform.to(drawn[0][0].device, non_blocking=True)
     pieces = torch.split(uniform, [parameter.numel() for parameter, _ in drawn])
     for (parameter, bound), values in zip(drawn, pieces, strict=True):
         parameter.copy_(values.view(parameter.shape).mul_(2 * bound).sub_(bound))

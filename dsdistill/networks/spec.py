@@ -88,6 +88,28 @@ class NetworkSpec:
         names = ("width", "depth", "norm", "activation", "pooling")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
+    def check(self, shape: tuple[int, int, int], num_classes: int) -> None:
+        """Refuse images or settings that the network does not fit, without making a single parameter.
+
+        A user's factory is only imported here; `build` checks what it returns.
+
+        Raises:
+            InvalidSetting: as in `build`.
+        """
+        check_sizes(shape, num_classes)
+        if self.name in BUILTIN:
+            self._blueprint(shape, num_classes)
+        elif self.name not in _registered:
+            _imported(self.name)
+
+    def _blueprint(self, shape: tuple[int, int, int], num_classes: int) -> Network:
+        options = self._options()
+        if self.name == "convnet":
+            options.setdefault("depth", default_depth(shape))
+        # Without storage: nothing is drawn from the global generators, and nothing is initialised twice.
+        with torch.device("meta"):
+            return BUILTIN[self.name](shape, num_classes, **options)
+
     def build(
         self, shape: tuple[int, int, int], num_classes: int, *, generator: torch.Generator, device: torch.device | str
     ) -> nn.Module:
@@ -107,13 +129,7 @@ class NetworkSpec:
         target = resolve_device(device)
         if self.name not in BUILTIN:
             return self._call_factory(shape, num_classes, generator, target)
-        options = self._options()
-        if self.name == "convnet":
-            options.setdefault("depth", default_depth(shape))
-        # Built without storage: nothing is drawn from the global generators, and nothing is initialised twice.
-        with torch.device("meta"):
-            network = BUILTIN[self.name](shape, num_classes, **options)
-        network.to_empty(device=target)
+        network = self._blueprint(shape, num_classes).to_empty(device=target)
         reinitialize_(network, generator)
         # On the CPU, convolutions and pooling of channels-last maps are about a quarter faster.
         return network.to(memory_format=torch.channels_last) if target.type == "cpu" else network

@@ -28,7 +28,8 @@ class Pixels(Parameterization):
     def decode(self, index: Tensor | None = None) -> Decoded:
         if index is None:
             return Decoded(self.pixels, torch.arange(self.count))
-        return Decoded(self.pixels[index], index)
+        rows = index.to(self.pixels.device, non_blocking=True)
+        return Decoded(self.pixels.index_select(0, rows), index)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"pixels": self.pixels.detach()}
@@ -37,10 +38,13 @@ class Pixels(Parameterization):
     def restore(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
         if set(tensors) != {"pixels"} or not tensors["pixels"].is_floating_point():
             raise BadData(f"pixels need one floating-point tensor 'pixels', got {sorted(tensors)}")
-        return cls(tensors["pixels"].float())
+        pixels = tensors["pixels"].float()
+        if not bool(torch.isfinite(pixels).all()):
+            raise BadData("pixels do not fit float32: NaN or infinity")
+        return cls(pixels)
 
     def subset(self, index: Tensor) -> Self:
-        return type(self)(self.pixels[index])
+        return type(self)(self.decode(index).images)
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:

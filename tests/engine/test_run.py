@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import torch
 from toys import Wander
 
 from dsdistill import SyntheticDataset, synthesize
+from dsdistill.engine import Job
 from dsdistill.errors import (
     BadArtifact,
     BadData,
@@ -25,6 +26,7 @@ from dsdistill.errors import (
     Stopped,
 )
 from dsdistill.methods import DM, RandomReal
+from dsdistill.networks import NetworkSpec
 from dsdistill.testing import check_synthesizer
 
 FILES = ("images.safetensors", "labels.safetensors", "dataset.json", "README.md", "grid.png")
@@ -235,7 +237,7 @@ def test_a_nan_in_the_images_is_noticed_even_if_the_loss_is_finite(source):
 
 def test_dm_with_an_absurd_step_size_diverges_cleanly(source, method):
     with pytest.raises(Diverged, match="Lower the learning rate"):
-        synthesize(replace(method, lr_images=1e38, iterations=50), source)
+        synthesize(replace(method, lr_images=1e38, iterations=50, network=NetworkSpec(width=8, norm="none")), source)
 
 
 @pytest.mark.parametrize(
@@ -356,5 +358,86 @@ def test_stopped_knows_its_exit_code(source, tmp_path):
 
     with pytest.raises(Stopped, match="Run the same command again") as caught:
         synthesize(Wander(one_job=True), source, out=tmp_path, callback=stop)
-    assert caught.value.code == 143
+    assert caught.value.exit_code == 143
     assert caught.value.iteration in (3, 4)
+
+
+def test_the_meaning_of_a_mirror_is_part_of_the_run(source, method, tmp_path):
+    synthesize(method, source, out=tmp_path)
+    with pytest.raises(OutputConflict, match=r"source\.mirror_safe: True -> False"):
+        synthesize(method, source.with_mirror_safe(False), out=tmp_path)
+
+
+def test_other_conditions_may_finish_a_run_and_are_noted(source, method, tmp_path, caplog):
+    interrupted(source, method, tmp_path)
+    made = synthesize(method, source, out=tmp_path, chunk=1)
+    assert "continued under other conditions" in made.recipe.notes[0]
+    assert "chunk: " in caplog.text
+    assert SyntheticDataset.load(tmp_path).recipe.notes == made.recipe.notes
+    again = synthesize(method, source, out=tmp_path, chunk=3)  # finished: nothing is made anew
+    assert again.recipe == made.recipe
+
+
+def test_overwrite_spares_what_no_run_wrote(source, method, tmp_path):
+    for name in ("dataset.json", "README.md"):
+        (tmp_path / name).write_text('{"mine": true}')
+    with pytest.raises(OutputConflict, match=r"holds a dataset\.json of something else"):
+        synthesize(method, source, out=tmp_path, overwrite=True)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "dataset.json": '{"mine": true}',
+        "README.md": '{"mine": true}',
+    }
+
+
+def test_a_network_that_does_not_fit_leaves_no_trace(source, method, tmp_path):
+    with pytest.raises(InvalidSetting, match="use depth 3 or less"):
+        synthesize(replace(method, network=NetworkSpec(depth=9)), source, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_stops_methods_without_steps_between_jobs(source, tmp_path, monkeypatch):
+    def stop(jobs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return jobs
+
+    monkeypatch.setattr(Wander, "jobs", lambda self, run: stop([Job("a", run.classes)]))
+    with pytest.raises(Stopped, match="after 0 iterations"):
+        synthesize(Wander(iterations=0, ipc=1), source, out=tmp_path)
+    assert not (tmp_path / "dataset.json").exists()
+
+
+def test_finished_jobs_are_kept_and_not_run_again(source, tmp_path):
+    whole = synthesize(Wander(), source, out=tmp_path / "whole")
+    started = []
+
+    def stop_in_the_second(event):
+        started.append(event.job)
+        if event.job == "class/1" and event.iteration == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(Wander(), source, out=tmp_path / "cut", checkpoint_every=2, callback=stop_in_the_second)
+    first = tmp_path / "cut/run/jobs/class%2F0"
+    assert [path.name for path in first.iterdir()] == ["part"]
+    started.clear()
+    resumed = synthesize(Wander(), source, out=tmp_path / "cut", callback=lambda event: started.append(event.job))
+    assert started[0] == "class/1"
+    assert torch.equal(whole.tensors()[0], resumed.tensors()[0])
+    assert contents(tmp_path / "whole") == contents(tmp_path / "cut")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(Wander):
+    """Adds a note and a parent to each part's recipe."""
+
+    def finish(self, run, state):
+        made = super().finish(run, state)
+        recipe = replace(made.recipe, notes=("redrawn: 0",), parents=({"job": run.rng.job}, {"teacher": "x"}))
+        return replace(made, recipe=recipe)
+
+
+def test_what_a_method_notes_is_kept_once(source):
+    recipe = synthesize(Noted(), source).recipe
+    assert recipe.notes == ("redrawn: 0",)
+    assert recipe.parents == ({"job": "class/0"}, {"teacher": "x"}, {"job": "class/1"}, {"job": "class/2"})
+    assert recipe.method["type"] == "Noted"

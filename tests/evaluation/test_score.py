@@ -305,7 +305,7 @@ def test_the_json_has_every_field(synthetic, source):
     assert content["synthetic"]["method"]["type"] == "RandomReal"
     assert (content["synthetic"]["seed"], content["synthetic"]["ipc"]) == (3, 2)
     assert content["synthetic"]["bytes"] == {"images": 6 * 192 * 4, "labels": 24}
-    assert content["source"] == {"name": "toy", "fingerprint": source.fingerprint}
+    assert content["source"] == {"name": "toy", "fingerprint": source.fingerprint, "mirror_safe": True}
     assert (content["device"]["type"], content["device"]["threads"]) == ("cpu", torch.get_num_threads())
     assert content["versions"]["torch"] == importlib.metadata.version("torch")
     assert run(synthetic, source, repeats=1).to_json()["scores"]["random"]["std"] is None

@@ -35,7 +35,7 @@ def slow_train(network, images, targets, protocol, rng, augmentation=None):
     speeds = [torch.zeros_like(parameter) for parameter in network.parameters()]
     network.train()
     for epoch in range(protocol.epochs):
-        rate = protocol.lr * (protocol.gamma if epoch > protocol.epochs // 2 else 1)
+        rate = protocol.lr * (protocol.gamma if epoch >= protocol.epochs // 2 + protocol.milestone_delay else 1)
         shuffled = torch.randperm(len(targets), generator=order).tolist()
         for begin in range(0, len(targets), protocol.batch_size):
             rows = shuffled[begin : begin + protocol.batch_size]
