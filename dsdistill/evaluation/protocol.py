@@ -57,10 +57,9 @@ class EvaluationProtocol:
             )
 
     def learning_rate(self, epoch: int) -> float:
-        """Step size during ``epoch`` (counted from 0)."""
-        passed = sum(
-            epoch >= int(self.epochs * milestone + 1e-6) + self.milestone_delay for milestone in self.milestones
-        )
+        """Step size during ``epoch`` (counted from 0); the first epoch has the full one."""
+        drops = [max(1, int(self.epochs * m + 1e-6)) + self.milestone_delay for m in self.milestones]
+        passed = sum(epoch >= drop for drop in drops)
         return float(self.lr * self.gamma**passed)
 
 
