@@ -1,6 +1,6 @@
 """Random views of images, drawn first and applied after, so that they can be shared and replayed."""
 
 from dsdistill.augmentations.base import Augmentation, Views
-from dsdistill.augmentations.siamese import Siamese
+from dsdistill.augmentations.siamese import Siamese, SiameseViews
 
-__all__ = ["Augmentation", "Siamese", "Views"]
+__all__ = ["Augmentation", "Siamese", "SiameseViews", "Views"]

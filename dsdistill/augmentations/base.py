@@ -11,20 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Views:
-    """A record of what to do to images: one operation and its parameters for each of G groups.
+    """A record of what to do to the images of each of G groups; what is in it is its augmentation's own business.
 
     Applying the same record twice gives the same views, which is how a real and a synthetic batch share them.
     """
 
     shape: tuple[int, int, int]
     """``(C, H, W)`` of the images the record was drawn for."""
-    ops: tuple[str, ...]
-    """Operation of each group. On the host, so that sorting images by operation never waits for a device."""
-    values: Tensor
-    """``(G, 3)`` float32 parameters of each group; their meaning depends on the operation, unused ones are 0."""
+    count: int
+    """Number of groups, G."""
 
     def __len__(self) -> int:
-        return len(self.ops)
+        return self.count
 
 
 @dataclass(frozen=True)

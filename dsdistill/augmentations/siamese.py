@@ -18,6 +18,16 @@ OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
 
 @dataclass(frozen=True)
+class SiameseViews(Views):
+    """One operation and its parameters for each group."""
+
+    ops: tuple[str, ...]
+    """Operation of each group. On the host, so that sorting images by operation never waits for a device."""
+    values: Tensor
+    """``(G, 3)`` float32 parameters of each group; their meaning depends on the operation, unused ones are 0."""
+
+
+@dataclass(frozen=True)
 class Siamese(Augmentation):
     """One operation out of ``ops``, drawn uniformly for each class (matching) or each mini-batch (training).
 
@@ -63,7 +73,7 @@ class Siamese(Augmentation):
         *,
         per: Literal["class", "image"] = "class",
         device: torch.device | str | None = None,
-    ) -> Views:
+    ) -> SiameseViews:
         """Draw a record; see `Augmentation.sample`. ``per="image"`` draws one operation for all ``count`` images."""
         if generator.device.type != "cpu":
             raise InvalidSetting("generator", str(generator.device), "pass a generator on the CPU")
@@ -78,7 +88,7 @@ class Siamese(Augmentation):
         values = table[codes, torch.arange(count)].float()
         if device is not None:
             values = values.to(device, non_blocking=True)
-        return Views(shape, tuple(self.ops[code] for code in codes.tolist()), values)
+        return SiameseViews(shape, count, tuple(self.ops[code] for code in codes.tolist()), values)
 
     def _values(self, op: str, uniform: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """Parameters of ``op`` from uniform numbers in [0, 1), ``(G, 3) -> (G, 3)``."""
@@ -104,6 +114,8 @@ class Siamese(Augmentation):
 
     def apply(self, images: Tensor, views: Views, owner: Sequence[int] | Tensor | None = None) -> Tensor:
         """Show images as recorded; see `Augmentation.apply`. Images are bucketed by operation, each run once."""
+        if not isinstance(views, SiameseViews):
+            raise InvalidSetting("views", views, "a record that Siamese.sample drew")
         groups = _groups(images, views, owner)
         names = list(dict.fromkeys(views.ops))
         codes = torch.tensor([names.index(op) for op in views.ops])[groups]

@@ -1,4 +1,6 @@
-"""Image operations with explicit parameters, each image its own; linear or affine in the images and deterministic.
+"""Image operations with explicit parameters, each image its own; linear or affine in the images.
+
+Nothing is drawn here. On CUDA the gradients of `scale` and `rotate` are summed in no fixed order.
 
 All take images ``(M, C, H, W)`` of any floating type and parameters ``(M,)``, and return ``(M, C, H, W)``.
 Formulas: Zhao & Bilen, Differentiable Siamese Augmentation (arXiv 2102.08259).

@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dsdistill.augmentations import Siamese, Views, transforms
+from dsdistill.augmentations import Siamese, transforms
 from dsdistill.core.config import describe, from_dict, to_dict
 from dsdistill.errors import InvalidSetting, ShapeMismatch, UnknownName
 
@@ -133,7 +133,7 @@ def test_settings_reach_the_draw_and_the_images():
     assert_uniform(saturation, 0, 1)
     assert_uniform(contrast, 0.9, 1.9)
     narrow = Siamese(ops=("cutout",), cutout_ratio=0.25)
-    record = Views(SHAPE, ("cutout",), torch.tensor([[16.0, 16.0, 0.0]]))
+    record = SiameseViews(SHAPE, 1, ("cutout",), torch.tensor([[16.0, 16.0, 0.0]]))
     assert (narrow.apply(torch.ones(1, *SHAPE), record) == 0).sum() == 3 * 64
     assert draw("crop", shape=(3, 4, 4))[:, 0].abs().max() == 1
     assert not Siamese(ops=("crop",), crop_ratio=0.0).sample(9, SHAPE, seeded()).values.any()
