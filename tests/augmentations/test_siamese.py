@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 import torch
 
-from dsdistill.augmentations import Siamese, transforms
+from dsdistill.augmentations import Siamese, SiameseViews, transforms
 from dsdistill.core.config import describe, from_dict, to_dict
 from dsdistill.errors import InvalidSetting, ShapeMismatch, UnknownName
 

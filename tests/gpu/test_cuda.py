@@ -1,0 +1,79 @@
+"""What only a CUDA device can show. Run with: pytest -m gpu"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dsdistill import evaluate, synthesize
+from dsdistill.augmentations import Siamese
+from dsdistill.core.device import default_chunk
+from dsdistill.core.rng import Rng
+from dsdistill.engine import Job, Run
+from dsdistill.evaluation import EvaluationProtocol
+from dsdistill.networks import NetworkSpec, embed
+from dsdistill.objectives.distribution import class_means, mean_distance
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def run_on(device, source):
+    source = source.train_only().to(device)
+    chunk = default_chunk(source.shape, device)
+    job = Job("all", tuple(range(source.num_classes)))
+    return Run(source, device, Rng(0, device=device), job.classes, chunk).scoped(job), job
+
+
+def test_views_features_and_distance_are_those_of_the_cpu(source, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    generator = torch.Generator().manual_seed(0)
+    network = NetworkSpec(width=8).build(source.shape, 3, generator=generator, device="cpu")
+    views = Siamese().sample(3, source.shape, generator)
+    found = {}
+    for device in (CPU, CUDA):
+        images = source.to(device).gather(torch.arange(36, device=device)).requires_grad_()
+        shown = Siamese().apply(images, views, torch.arange(3).repeat_interleave(12))
+        features = embed(copy.deepcopy(network).to(device), shown)
+        means = class_means(features, source.targets.to(device), torch.full((3,), 12))
+        loss = mean_distance(means, torch.zeros_like(means))
+        (gradient,) = torch.autograd.grad(loss, images)
+        found[device] = (loss.detach().cpu(), gradient.cpu())
+    torch.testing.assert_close(found[CUDA], found[CPU], rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_can_be_interrupted_and_ends_close_to_the_uninterrupted(source, method, tmp_path):
+    def interrupt(event):
+        if event.iteration == 5:
+            raise KeyboardInterrupt
+
+    whole = synthesize(method, source, device=CUDA)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(method, source, device=CUDA, out=tmp_path, checkpoint_every=2, callback=interrupt)
+    resumed = synthesize(method, source, device=CUDA, out=tmp_path, checkpoint_every=2)
+    torch.testing.assert_close(resumed.tensors()[0], whole.tensors()[0], rtol=1e-3, atol=1e-3)
+    assert resumed.tensors()[0].device == CPU
+
+
+def test_a_step_never_waits_for_the_device(source, method):
+    run, job = run_on(CUDA, source)
+    state = method.start(run, job)
+    method.step(run, state, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.step(run, state, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_sets_are_scored_on_the_device(norm, source, method):
+    network = NetworkSpec(width=8, norm=norm)
+    made = synthesize(replace(method, network=network), source, device=CUDA)
+    protocol = EvaluationProtocol(network=network, epochs=5)
+    first, second = (evaluate(made, source, protocol=protocol, repeats=2, device=CUDA) for _ in range(2))
+    assert first.scores["random"].n == 2
+    assert first.peak_memory > 0
+    assert abs(first.accuracy.mean - second.accuracy.mean) <= 0.5
