@@ -6,6 +6,7 @@ from the last checkpoint, and the others uniformly over the seconds of starting 
 """
 
 import argparse
+import os
 import random
 import subprocess
 import sysconfig
@@ -34,7 +35,7 @@ class Moment:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--checkpoint-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "resume-digits-cpu.json")
@@ -71,7 +72,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "kind": "resume",
         "title": f"DM on digits, {options.iterations} steps, killed {len(kills)} times",
-        "settings": {"iterations": options.iterations, "checkpoint_every": options.checkpoint_every},
+        "settings": {"iterations": options.iterations, "checkpoint_every": options.checkpoint_every, "threads": 1},
         "uninterrupted_seconds": seconds,
         "kills": [kill.model_dump() for kill in kills],
         "equal": hashes[0] == hashes[1],
@@ -96,7 +97,8 @@ def start(options: argparse.Namespace, out: Path) -> subprocess.Popen[bytes]:
     line = [str(Path(sysconfig.get_path("scripts")) / "dsdistill"), "synthesize", "--data", "digits", "--method", "DM"]
     line += ["--method.ipc", "10", "--method.iterations", str(options.iterations), "--method.real_batch", "64"]
     line += ["--checkpoint_every", str(options.checkpoint_every), "--seed", str(options.seed), "--device", "cpu"]
-    return subprocess.Popen([*line, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # the images are tiny: threads would only wait for each other
+    return subprocess.Popen([*line, "--out", str(out)], cwd=ROOT, env=one_thread, stdout=subprocess.DEVNULL)
 
 
 def kill_at(options: argparse.Namespace, out: Path, moment: Moment) -> Kill | None:

@@ -70,7 +70,7 @@ class Workspace:
             storage.sweep_temporaries(folder)
         if self.finished:
             shutil.rmtree(self.run / "jobs", ignore_errors=True)  # a kill may have come before this
-        if not self.finished:
+        else:
             storage.write_json(self.run / _RUN, storage.sealed(self.recipe.to_json()))
         return self
 
@@ -180,13 +180,12 @@ class Workspace:
                 f"holds another run. Differences (there -> asked for):\n  {listing}\n"
                 "Choose another output folder, or --overwrite to replace it",
             )
-        moved = differences(earlier.execution, self.recipe.execution) + differences(
-            earlier.versions, self.recipe.versions
-        )
+        moved = differences(earlier.execution, self.recipe.execution)
+        moved += differences(earlier.versions, self.recipe.versions)
         if moved and not self.finished:
             note = f"continued under other conditions, so the last bits may differ: {'; '.join(moved)}"
             logger.warning("%s is %s", self.folder, note)
-            earlier = replace(earlier, notes=(*earlier.notes, note))
+            earlier = replace(earlier, notes=tuple(dict.fromkeys((*earlier.notes, note))))
         self.recipe = earlier
 
 
