@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.schema import RESULTS, ROOT, Kill, write_result
+from benchmarks.schema import RESULTS, ROOT, Kill, commit, write_result
 from dsdistill.core import storage
 
 FILES = ("images.safetensors", "labels.safetensors", "dataset.json")
@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("--checkpoint-every", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "resume-digits-cpu.json")
-    options = parser.parse_args()
+    options, started = parser.parse_args(), commit()
     with tempfile.TemporaryDirectory() as folder:
         content = compare(options, Path(folder))
-    write_result(options.out, content, seed=options.seed)
+    write_result(options.out, content, seed=options.seed, started=started)
     print(f"written to {options.out}")
     if not content["equal"]:
         raise SystemExit("the resumed run differs from the uninterrupted one")

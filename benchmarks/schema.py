@@ -223,13 +223,20 @@ Result = Annotated[Speed | Quality | Resume, Field(discriminator="kind")]
 _RESULT: TypeAdapter[Speed | Quality | Resume] = TypeAdapter(Result)
 
 
-def write_result(path: Path, content: Mapping[str, Any], *, seed: int, device: str | torch.device = "cpu") -> None:
-    """Add to ``content`` where, when and from what it was measured, check it, and write it atomically."""
+def write_result(
+    path: Path, content: Mapping[str, Any], *, seed: int, started: Commit, device: str | torch.device = "cpu"
+) -> None:
+    """Add to ``content`` where, when and from what it was measured, check it, and write it atomically.
+
+    Args:
+        started: what `commit` gave before the measurement; if the code is another by now, the result counts as dirty.
+    """
+    moved = commit() != started
     record = {
         **content,
         "hardware": hardware(torch.device(device)),
         "versions": library_versions(),
-        "commit": commit(),
+        "commit": {"sha": started.sha, "dirty": started.dirty or moved},
         "command": command(sys.argv),
         "seed": seed,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -260,10 +267,10 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def commit() -> dict[str, Any]:
+def commit() -> Commit:
     """The checked-out commit, and whether package or benchmarks differ from it."""
     changes = _git("status", "--porcelain", "--", "dsdistill", "benchmarks", ":!benchmarks/results")
-    return {"sha": _git("rev-parse", "HEAD"), "dirty": bool(changes)}
+    return Commit(sha=_git("rev-parse", "HEAD"), dirty=bool(changes))
 
 
 def command(argv: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import dsdistill as dd
-from benchmarks.schema import RESULTS, write_result
+from benchmarks.schema import RESULTS, commit, write_result
 from dsdistill.core.config import to_dict
 from dsdistill.core.device import resolve_device
 from dsdistill.data import ImageSource
@@ -80,7 +80,7 @@ def distil_and_score(
     method = make_method(options.method, plan, ipc)
     stem = f"quality-{slug(source.name)}-{options.method.lower()}-ipc{ipc}-{method.steps}steps-{device.type}"
     out = options.runs / f"{stem}-real{plan.real_batch}-seed{options.seed}"
-    fresh, begin = not out.exists(), time.perf_counter()
+    fresh, begin, started = not out.exists(), time.perf_counter(), commit()
     synthetic = dd.synthesize(method, source, seed=options.seed, device=device, out=out)
     seconds = time.perf_counter() - begin if fresh else None  # a resumed run has no time of its own
     scored = dd.evaluate(
@@ -97,7 +97,7 @@ def distil_and_score(
     content = describe(source, ipc, method, scored, jpeg=options.jpeg)
     content |= {"synthesis_seconds": seconds, "published": published(options, source, ipc)}
     path = options.results / f"{stem}.json"
-    write_result(path, content, seed=options.seed, device=device)
+    write_result(path, content, seed=options.seed, started=started, device=device)
     print(f"written to {path}")
 
 

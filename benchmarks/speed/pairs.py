@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.schema import RESULTS, ROOT, Comparison, Equality, write_result
+from benchmarks.schema import RESULTS, ROOT, Comparison, Equality, commit, write_result
 from benchmarks.speed.quiet import OtherLoad, wait_for_quiet
 from dsdistill.core.device import synchronize
 
@@ -106,6 +106,7 @@ def _once(module: str, arguments: list[str]) -> float:
 
 def publish(options: argparse.Namespace, module: str, name: str, content: dict[str, Any]) -> None:
     """Measure all variants, print the ratios and write the result."""
+    started = commit()
     seconds, loads = measure(module, options.runs)
     found = [Comparison.of(label, a, b, seconds[a], seconds[b]) for label, (a, b) in COMPARISONS.items()]
     for one in found:
@@ -114,7 +115,7 @@ def publish(options: argparse.Namespace, module: str, name: str, content: dict[s
         print(f"{one.label}: {one.a_name} {a:.3f} s, {one.b_name} {b:.3f} s, {ratios}")
     out = options.out or RESULTS / f"{name}-{torch.device(options.device).type}.json"
     content |= {"comparisons": [one.model_dump() for one in found], "other_load": max(loads)}
-    write_result(out, content, seed=options.seed, device=options.device)
+    write_result(out, content, seed=options.seed, started=started, device=options.device)
     print(f"written to {out}")
 
 
