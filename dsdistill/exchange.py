@@ -1,11 +1,12 @@
 """Formats of other programs: an image folder of PNG files, or one npz of arrays."""
 
 import io
+import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
 
 from torch import Tensor
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
 
 FORMATS = ("folder", "npz")
-_LONGEST = 200  # characters of a folder name; file systems allow 255 bytes
+_LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 
 class Export(NamedTuple):
@@ -54,11 +55,28 @@ def encode_png(image: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def class_folder(name: str) -> str:
-    """A class name as a folder name: characters that a file system may refuse are percent-quoted."""
-    raw = name.encode("utf-8", "surrogatepass")
-    quoted = quote(raw, safe=" !#$&'()+,-;=@[]^_`{}~")[:_LONGEST].strip(" .")
-    return quoted if quoted else "%" + raw.hex()[:_LONGEST]
+def class_folders(names: Sequence[str]) -> list[str]:
+    """Class names as folder names, distinct also where case is ignored, in an order that keeps the labels.
+
+    Characters that a file system refuses are percent-quoted. Programs that read image folders number the classes by
+    sorted name; where that would change the labels, or two names would meet, each name gets its label in front.
+    """
+    folders = [_folder(name) for name in names]
+    if folders != sorted(folders) or len({folder.lower() for folder in folders}) < len(folders):
+        digits = len(str(len(names) - 1))
+        folders = [f"{label:0{digits}d} {folder}" for label, folder in enumerate(folders)]
+    return folders
+
+
+def _folder(name: str) -> str:
+    quoted = re.sub(r'[\x00-\x1f\x7f/\\:*?"<>|%\ud800-\udfff]', lambda match: _quoted(match[0]), name).strip(" .")
+    while len(quoted.encode()) > _LONGEST:
+        quoted = quoted[:-1]
+    return quoted if quoted else _quoted(name) or "%"
+
+
+def _quoted(text: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))[:_LONGEST]
 
 
 def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
@@ -66,9 +84,7 @@ def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
     unit = synthetic.normalization.to_unit(images)
     pixels = synthetic.normalization.to_uint8(images)
     inside = unit.clamp(0, 1)
-    names = [class_folder(name) for name in synthetic.classes]
-    if len({name.lower() for name in names}) < len(names):  # names that fall together on some file systems
-        names = [f"{index:05d} {name}" for index, name in enumerate(names)]
+    names = class_folders(synthetic.classes)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
     try:
         for name in names:

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dsdistill import __version__
 from dsdistill.cli.parser import Parser
 from dsdistill.cli.verbs import VERBS
 from dsdistill.errors import DistillError, InvalidSetting
@@ -22,13 +24,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = _instantiated(parser, config)[verb]
         result = VERBS[verb].run(settings)
+        if settings.get("json"):
+            print(json.dumps(result, indent=2, ensure_ascii=True))
+        sys.stdout.flush()
     except DistillError as error:
         return _fail(error, as_json=bool(settings.get("json")))
     except KeyboardInterrupt:
         print("dsdistill: interrupted", file=sys.stderr)
         return 130
-    if settings.get("json"):
-        print(json.dumps(result, indent=2, ensure_ascii=True))
+    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 
@@ -54,7 +60,9 @@ def _fail(error: DistillError, as_json: bool) -> int:
 def build_parser() -> ArgumentParser:
     """The whole command line."""
     parser = Parser(
-        prog="dsdistill", description="Distil an image dataset into a few images per class, and score the result."
+        prog="dsdistill",
+        version=__version__,
+        description="Distil an image dataset into a few images per class, and score the result.",
     )
     verbs = parser.add_subcommands(title="verbs", metavar="VERB")
     for name, verb in VERBS.items():

@@ -52,7 +52,8 @@ def _plain_types(text: str) -> str:
 # What the library reports of the readings it tried, without a word on the user's mistake.
 _NOISE = re.compile(
     r"Does not validate against any of the Union|Subtypes:|Errors:$|- Expected a NoneType|Given value( type)?:"
-    r"|For further information|\d+ validation errors? for constrained|- Expected a path but"
+    r"|Expected a dot import path string|For further information|\d+ validation errors? for constrained"
+    r"|- Expected a path but"
 )
 
 

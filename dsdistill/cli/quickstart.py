@@ -25,9 +25,7 @@ def quickstart(out: Path, *, seed: int = 0, device: str | None = None, overwrite
     network = NetworkSpec("convnet", width=64, depth=2)
     method = dd.methods.DM(ipc=1, iterations=ITERATIONS, real_batch=64, network=network)
     synthetic = dd.synthesize(method, source, seed=seed, device=device, out=out, overwrite=overwrite)
-    protocol = replace(
-        get_protocol("dm"), name="dm, fewer epochs, ConvNet-D2-W64", epochs=EPOCHS["epochs"], network=network
-    )
+    protocol = replace(get_protocol("dm"), epochs=EPOCHS["epochs"], network=network)
     result = dd.evaluate(
         synthetic,
         source,
@@ -38,5 +36,5 @@ def quickstart(out: Path, *, seed: int = 0, device: str | None = None, overwrite
         seed=seed,
         device=device,
     )
-    result.save(out / "results.json")
+    result.save(out / "results.json", overwrite=True)
     return result

@@ -1,6 +1,7 @@
 """What each verb of the command line takes and does."""
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 from annotated_types import Gt, Lt
 from jsonargparse import ArgumentParser, Namespace
 
-from dsdistill.errors import DistillError
+from dsdistill.errors import DistillError, OutputConflict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +123,11 @@ def _synthesize(config: Namespace) -> Any:
         checkpoint_every=config.checkpoint_every,
         chunk=config.chunk,
     )
-    _say(
-        config,
-        f"{synthetic!r}\nsaved in {config.out}; score it with: dsdistill evaluate {config.out} --data {config.data}",
-    )
+    loading = [
+        f"--load.{name}={value}" for name, value in vars(config.load).items() if value != getattr(LoadOptions, name)
+    ]
+    command = shlex.join(["dsdistill", "evaluate", str(config.out), "--data", config.data, *loading])
+    _say(config, f"{synthetic!r}\nsaved in {config.out}; score it with: {command}")
     return _summary(config.out)
 
 
@@ -152,6 +154,7 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--whole_epochs", type=int | None, default=None, help="Epochs of the whole-training-set row.")
     _run_arguments(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the result.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace that file if it exists.")
 
 
 def _evaluate(config: Namespace) -> Any:
@@ -159,24 +162,26 @@ def _evaluate(config: Namespace) -> Any:
 
     import dsdistill as dd
 
+    if config.out and config.out.exists() and not config.overwrite:
+        raise OutputConflict(config.out, "exists already; choose another file, or --overwrite it")
     protocol = dd.evaluation.get_protocol(config.protocol)
-    changes = {"epochs": config.epochs, "network": config.network}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes:
-        protocol = replace(protocol, name=f"{protocol.name} (changed: {', '.join(changes)})", **changes)
+    if config.network is not None:
+        protocol = replace(protocol, network=config.network)
     synthetic = dd.SyntheticDataset.load(config.path)
     result = dd.evaluate(
         synthetic,
         _load_source(config),
         protocol=protocol,
+        epochs=config.epochs,
         repeats=config.repeats,
-        baselines=config.baselines,
+        baselines=[name for name in config.baselines if name != "none"],
         whole_epochs=config.whole_epochs,
         seed=config.seed,
         device=config.device,
     )
     if config.out:
-        result.save(config.out)
+        result.save(config.out, overwrite=config.overwrite)
+        _say(config, f"written to {config.out}")
     _say(config, str(result))
     return result.to_json()
 
@@ -190,7 +195,9 @@ def _methods(config: Namespace) -> Any:
 
     table = {name: get_method(name).paper for name in list_methods(config.pattern or "")}
     width = max(map(len, table), default=0)
-    _say(config, "\n".join(f"{name.ljust(width)}  {paper}" for name, paper in table.items()))
+    _say(
+        config, "\n".join(f"{name.ljust(width)}  {paper}" for name, paper in table.items()) or "no method of that name"
+    )
     return table
 
 
@@ -245,7 +252,8 @@ def _inspect(config: Namespace) -> Any:
         f"normalization  {synthetic.normalization}",
         f"source         {recipe.source.get('name')}, fingerprint {recipe.source.get('fingerprint')}",
         f"seed           {recipe.seed}",
-        *(f"setting        {key} = {value}" for key, value in recipe.method.items()),
+        f"method         {recipe.method.get('type')}",
+        *(f"setting        {key} = {value}" for key, value in recipe.method.items() if key != "type"),
         *(f"version        {name} {number}" for name, number in recipe.versions.items()),
         *(f"note           {note}" for note in recipe.notes),
         "all files match their sha256",
@@ -257,7 +265,10 @@ def _inspect(config: Namespace) -> Any:
 def _export_arguments(parser: ArgumentParser) -> None:
     _path_arguments(parser)
     parser.add_argument(
-        "--format", type=str, default="folder", help="folder: PNG files by class, 8 bits; npz: float arrays."
+        "--format",
+        type=str,
+        default="folder",
+        help="folder: PNG files by class, 8 bits; npz: arrays, images standardised as networks take them.",
     )
     parser.add_argument(
         "--out", type=Path | None, default=None, help="Target; by default beside the set, named after it."

@@ -126,6 +126,26 @@ def read_files(
     return torch.from_numpy(buffer if channels == 3 else np.ascontiguousarray(buffer[:, :1]))
 
 
+def check_files(paths: Sequence[Path], size: tuple[int, int] | None, expected: tuple[int, int]) -> None:
+    """Decode files and forget them, so that a bad one is found before hours of work and not after.
+
+    Args:
+        size: (H, W) to resize to, or None.
+        expected: (H, W) that every image must have then.
+
+    Raises:
+        BadData: a bad file, or one of another size; names it.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        shapes = pool.map(lambda path: read_file(path, size).shape[:2], paths)
+        for path, shape in zip(paths, shapes, strict=True):
+            if shape != expected:
+                raise BadData(
+                    f"{shown(path)}: {shape[0]} x {shape[1]} pixels where the training images have "
+                    f"{expected[0]} x {expected[1]}; give image_size=... to resize all"
+                )
+
+
 def checked_size(image_size: Any) -> tuple[int, int] | None:
     """``image_size`` as (H, W): an int means a square, None stays None.
 

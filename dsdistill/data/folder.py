@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dsdistill.data.checks import require_same_classes, some, stratified
-from dsdistill.data.decode import EXTENSIONS, checked_size, read_files, shown
+from dsdistill.data.decode import EXTENSIONS, check_files, checked_size, read_files, shown
 from dsdistill.data.source import ImageSource
 from dsdistill.errors import BadData, InvalidSetting
 
@@ -49,8 +49,8 @@ def load_folder(
     Two layouts: ``train/CLASS/*`` with ``test/CLASS/*`` or ``val/CLASS/*`` (``test/`` when both are there), or
     ``CLASS/*`` alone, or under ``train/`` alone; then a seeded part of each class is held out as the test split.
     Classes are the names of the class folders, sorted; images are found at any depth below them; names that
-    start with a dot are ignored. How files become pixels: see `dsdistill.data.decode`. All folders are listed
-    and compared at once; the test split is decoded when it is first used. Statistics are measured on the train split.
+    start with a dot are ignored. How files become pixels: see `dsdistill.data.decode`. Files of the test
+    split are checked, but decoded into memory only when it is first used. Statistics are measured on the train split.
 
     Args:
         path: the folder.
@@ -70,7 +70,8 @@ def load_folder(
     name = shown(Path(root.resolve().name))
     images = read_files(shown(root), train.files, size)
     channels, height, width = images.shape[1:]
-    # The files of the test split are not open yet: it must come out as the train split did.
+    check_files(test.files, size, (height, width))
+    # Checked, but not kept: the test split comes into memory when it is opened, in the form of the train split.
     opener = partial(_open, name, shown(root), test, size, channels)
     logger.info("%s: %d classes, %d x %d pixels, %d channels", name, len(train.classes), height, width, channels)
     return ImageSource(name, train.classes, images, train.targets(), mirror_safe=mirror_safe, open_test=opener)

@@ -132,6 +132,8 @@ class Execution:
             seed_global(run.rng.integer("global/prepare"), run.device)
             method.prepare(run)
             jobs = method.jobs(run)
+            work = f"{len(jobs)} jobs of {method.steps} steps" if len(jobs) > 1 else f"{method.steps} steps"
+            logger.info("%s: %s on %s", type(method).__name__, work, run.device)
             log = self.workspace.metrics if self.workspace else None
             self.observer = Observer(method.steps * len(jobs), log, self.progress, type(method).__name__)
             parts: dict[str, SyntheticDataset] = {}

@@ -5,7 +5,7 @@ meaningful together with its protocol.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -55,6 +55,15 @@ class EvaluationProtocol:
             raise InvalidSetting(
                 "EvaluationProtocol.milestones", self.milestones, "ascending fractions between 0 and 1"
             )
+
+    @property
+    def title(self) -> str:
+        """The name, and which fields differ from the protocol registered under it."""
+        known = PROTOCOLS.get(self.name)
+        changed = [
+            f.name for f in fields(self) if known is not None and getattr(self, f.name) != getattr(known, f.name)
+        ]
+        return f"{self.name} (changed: {', '.join(changed)})" if changed else self.name
 
     def learning_rate(self, epoch: int) -> float:
         """Step size during ``epoch`` (counted from 0); the first epoch has the full one."""

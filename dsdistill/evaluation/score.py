@@ -16,7 +16,7 @@ from dsdistill.core.config import to_dict
 from dsdistill.core.device import default_chunk, peak_memory, resolve_device, settle_allocator, synchronize
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
-from dsdistill.errors import BadData, Diverged, InvalidSetting, UnknownName
+from dsdistill.errors import BadData, Diverged, InvalidSetting, OutputConflict, UnknownName
 from dsdistill.evaluation.protocol import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.statistics import Score, paired_difference
 from dsdistill.evaluation.train import TrainingSet, accuracy, fresh_network, train
@@ -59,7 +59,7 @@ class EvaluationResult:
         return {
             "format": "dsdistill.evaluation",
             "schema_version": 1,
-            "protocol": to_dict(self.protocol),
+            "protocol": {**to_dict(self.protocol), "title": self.protocol.title},
             "selection": "last epoch; test split scored once per network",
             "seed": self.seed,
             "scores": {row: score.to_json() for row, score in self.scores.items()},
@@ -71,8 +71,14 @@ class EvaluationResult:
             **self.context,
         }
 
-    def save(self, path: str | Path) -> Path:
-        """Write `to_json` into a file, atomically."""
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write `to_json` into a file, atomically.
+
+        Raises:
+            OutputConflict: the file exists and ``overwrite`` is not set, or cannot be written.
+        """
+        if Path(path).exists() and not overwrite:
+            raise OutputConflict(Path(path), "exists already; choose another file, or overwrite it")
         storage.ensure_writable(Path(path).parent)
         storage.write_json(Path(path), self.to_json())
         return Path(path)
@@ -97,7 +103,7 @@ class EvaluationResult:
             spread = "" if self.gain.n == 1 else f" ± {100 * self.gain.half_width:.2f}"
             lines.append(f"synthetic - random, paired by seed: {100 * self.gain.mean:+.2f}{spread} points")
         network = self.protocol.network.name
-        lines.append(f"protocol {self.protocol.name!r}, {network}, fresh network and last epoch in every repeat")
+        lines.append(f"protocol {self.protocol.title}, {network}, fresh network and last epoch in every repeat")
         return "\n".join(lines)
 
 
@@ -106,6 +112,7 @@ def evaluate(
     source: ImageSource,
     *,
     protocol: str | EvaluationProtocol = "dsa",
+    epochs: int | None = None,
     repeats: int = 5,
     baselines: Iterable[str] = ("random",),
     whole_epochs: int | None = None,
@@ -122,7 +129,8 @@ def evaluate(
     Args:
         synthetic: the set to score.
         source: the real data it was made from; its test split is opened here and nowhere else.
-        protocol: name or instance, e.g. ``replace(get_protocol("dsa"), epochs=300)``.
+        protocol: name or instance; a changed one is ``dataclasses.replace(get_protocol("dsa"), lr=0.1)``.
+        epochs: epochs instead of the protocol's, which the result then says.
         repeats: networks per row; the interval covers networks (and random draws), not other synthesis seeds.
         baselines: any of "random" and "whole" (the whole training set under the same protocol).
         whole_epochs: epochs of the whole row, None for the protocol's; shown in the table.
@@ -138,6 +146,7 @@ def evaluate(
     """
     resolved = resolve_device(device)
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    protocol = protocol if epochs is None else replace(protocol, epochs=epochs)
     baselines = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
     _check(synthetic, source, repeats, baselines, whole_epochs, seed, protocol)
     settle_allocator(resolved)
@@ -147,7 +156,8 @@ def evaluate(
     rows: dict[str, list[float]] = {row: [] for row in ("synthetic", *baselines)}
     seconds = dict.fromkeys(rows, 0.0)
     images = dict.fromkeys(rows, 0)
-    epochs = {row: (whole_epochs or protocol.epochs) if row == "whole" else protocol.epochs for row in rows}
+    passes = {row: (whole_epochs or protocol.epochs) if row == "whole" else protocol.epochs for row in rows}
+    logger.info("scoring: %d networks for each of %s, protocol %s", repeats, ", ".join(rows), protocol.title)
     if resolved.type == "cuda":
         torch.cuda.reset_peak_memory_stats(resolved)
     with (
@@ -158,7 +168,7 @@ def evaluate(
             for row in rows:
                 begin = time.perf_counter()
                 data = scorer.training_set(row, synthetic, repeat)
-                rows[row].append(scorer.score(data, repeat, epochs[row]))
+                rows[row].append(scorer.score(data, repeat, passes[row]))
                 synchronize(resolved)
                 seconds[row] += time.perf_counter() - begin
                 images[row] = len(data.targets)
@@ -168,7 +178,7 @@ def evaluate(
         scores={row: Score(tuple(values)) for row, values in rows.items()},
         seconds=seconds,
         images=images,
-        epochs=epochs,
+        epochs=passes,
         peak_memory=peak_memory(resolved),
         seed=seed,
         context=_context(synthetic, source, resolved),
@@ -242,7 +252,10 @@ def _check(
             source.name,
         )
     if not source.has_test:
-        raise BadData(f"{source.name!r} has no test split to score on; load it with one (a test/ or val/ folder)")
+        raise BadData(
+            f"{source.name!r} has no test split to score on; load it with one "
+            "(a test/ or val/ folder, or from_dataset(train, test))"
+        )
 
 
 def _short(classes: tuple[str, ...]) -> str:

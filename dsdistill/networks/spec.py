@@ -161,7 +161,13 @@ class NetworkSpec:
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
         with isolated_global_rng(device):
             seed_global(seed, device)
-            network = factory(shape, num_classes)
+            try:
+                network = factory(shape, num_classes)
+            except TypeError as error:
+                call = (
+                    f"it is called as factory({shape}, {num_classes}), with the image shape and the number of classes"
+                )
+                raise _unsuitable(self.name, f"{call}: {error}") from error
             if not isinstance(network, nn.Module):
                 raise _unsuitable(self.name, f"it must return a torch.nn.Module, not {type(network).__name__}")
             if network in _seen:
@@ -182,7 +188,10 @@ def _imported(name: str) -> Factory:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InvalidSetting(
-            "NetworkSpec.name", name, f"it cannot be imported ({error}); give 'package.module:function'"
+            "NetworkSpec.name",
+            name,
+            f"it cannot be imported ({error}); give 'package.module:function' of an installed package, "
+            "or put its folder on PYTHONPATH",
         ) from error
     if not callable(factory):
         raise InvalidSetting("NetworkSpec.name", name, "it is not callable; name a function of (shape, num_classes)")

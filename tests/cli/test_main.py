@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -268,3 +269,51 @@ def test_text_that_a_terminal_cannot_show_does_not_fail(images, tmp_path):
     done = subprocess.run(command, capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert b"d\\xf6gs" in done.stdout
+
+
+def test_the_suggested_command_can_be_pasted(images, tmp_path, capsys):
+    out = tmp_path / "my set"
+    options = ["--load.image_size", 6, "--load.mirror_safe", "false", "--method", "RandomReal", "--method.ipc", 1]
+    assert run("synthesize", "--data", images, *options, "--out", out) == 0
+    command = shlex.split(capsys.readouterr().out.partition("score it with: ")[2])
+    assert command[:3] == ["dsdistill", "evaluate", str(out)]
+    assert {"--load.image_size=6", "--load.mirror_safe=False"} <= set(command)
+    assert run(*command[1:], "--epochs", 1, "--repeats", 1, "--network.width", 4, "--baselines", "none") == 0
+    said = capsys.readouterr().out
+    assert "random real images" not in said
+    assert "protocol dsa (changed: network, epochs)" in said
+
+
+def test_results_are_not_overwritten_unasked(images, tmp_path, capsys):
+    run("synthesize", "--data", images, "--method", "RandomReal", "--method.ipc", 1, "--out", tmp_path / "set")
+    score = tmp_path / "score.json"
+    score.write_text("mine")
+    options = ["--data", images, "--epochs", 1, "--repeats", 1, "--network.width", 4, "--out", score]
+    code, said = refused(capsys, "evaluate", tmp_path / "set", *options)
+    assert (code, score.read_text()) == (2, "mine")
+    assert "--overwrite" in said
+    assert run("evaluate", tmp_path / "set", *options, "--overwrite") == 0
+    assert json.loads(score.read_text())["format"] == "dsdistill.evaluation"
+
+
+def test_a_factory_of_another_signature_is_told_how_it_is_called(images, tmp_path, capsys, monkeypatch):
+    (tmp_path / "somebodys_nets.py").write_text("def make(shape, num_classes, size): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = [*SMALL, "--method.network.name", "somebodys_nets:make", "--out", tmp_path / "out"]
+    code, said = refused(capsys, "synthesize", "--data", images, *options)
+    assert code == 2
+    assert "called as factory((3, 8, 8), 2)" in said
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    command = f"{sys.executable} -m dsdistill show DM --json | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout == '{\n  "name"'
+    assert done.stderr == ""
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as exit:
+        run("--version")
+    assert exit.value.code == 0
+    assert dd.__version__ in capsys.readouterr().out
