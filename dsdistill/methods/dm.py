@@ -36,7 +36,7 @@ class DM(PerClass):
 
     paper: ClassVar[str] = "Zhao & Bilen, Dataset Condensation with Distribution Matching, WACV 2023, arXiv 2110.04181"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # Authors' defaults (paper, section 4.1; code, main_DM.py). The step size is 1 up to IPC 50, 10 above.
+        # The defaults of the authors' code (main_DM.py); from IPC 100 on, they take a step size of 10.
         "cifar10/ipc1": {"ipc": 1},
         "cifar10/ipc10": {"ipc": 10},
         "cifar10/ipc50": {"ipc": 50},
@@ -59,14 +59,14 @@ class DM(PerClass):
     def steps(self) -> int:
         return self.iterations
 
+    def check(self, source: ImageSource) -> None:
+        super().check(source)
+        self.network.check(source.shape, source.num_classes)
+
     def start(self, run: Run, job: Job) -> State:
         images, labels = self.random_real(run)
         optimizer = torch.optim.SGD(images.parameters(), lr=self.lr_images, momentum=self.momentum)
         return State(images, labels, {"images": optimizer})
-
-    def check(self, source: ImageSource) -> None:
-        super().check(source)
-        self.network.check(source.shape, source.num_classes)
 
     def step(self, run: Run, state: State, iteration: int) -> Metrics:
         network = run.network(self.network, iteration)

@@ -1,5 +1,6 @@
 """What all networks of this package have in common: features, then one linear classifier."""
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from dsdistill.errors import InvalidSetting
 
 
-class Network(nn.Module):
+class Network(nn.Module, ABC):
     """A feature extractor followed by one linear layer.
 
     Subclasses set `classifier` and write `embed`; ``options`` names the settings of a `NetworkSpec` they take.
@@ -17,9 +18,9 @@ class Network(nn.Module):
     options: ClassVar[tuple[str, ...]] = ()
     classifier: nn.Linear
 
+    @abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """Flattened output of the last block, ``(N, C, H, W) -> (N, D)``."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits, ``(N, C, H, W) -> (N, num_classes)``."""
