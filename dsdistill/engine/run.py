@@ -232,6 +232,7 @@ class _Watch:
         self._pending.clear()
         if not checkpoint.all_finite(self._state):
             self._diverged(last, "the updated state")
+        self._good = (last + 1, {}, last_values)  # lets the old copy go before the new one is made
         self._good = (last + 1, checkpoint.capture(self._state), last_values)
 
     def _diverged(self, iteration: int, culprit: str) -> NoReturn:
