@@ -92,7 +92,12 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         transform: applied to each image by ``__getitem__``.
 
     Example:
-        >>> # for images, targets in DataLoader(SyntheticDataset.load("runs/dm"), batch_size=64): ...
+        >>> import dsdistill as dd
+        >>> from torch.utils.data import DataLoader
+        >>> synthetic = dd.synthesize(dd.methods.RandomReal(ipc=2), dd.data.load("digits"))
+        >>> images, targets = next(iter(DataLoader(synthetic, batch_size=5)))
+        >>> images.shape, targets.tolist()
+        (torch.Size([5, 1, 8, 8]), [0, 0, 1, 1, 2])
     """
 
     FILES: ClassVar = ("images.safetensors", "labels.safetensors", "grid.png", "README.md")

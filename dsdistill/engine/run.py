@@ -195,13 +195,12 @@ class Execution:
 
 
 def _joined(recipe: Recipe, parts: Sequence[SyntheticDataset]) -> SyntheticDataset:
-    """The parts as one set; what their recipes tell beyond the run's (notes, parents) is kept once each."""
-    notes = dict.fromkeys(note for part in parts for note in part.recipe.notes)
-    parents = [parent for part in parts for parent in part.recipe.parents]
+    """The parts as one set; notes and parents of the run and of every part are kept, once each."""
+    told = [recipe, *(part.recipe for part in parts)]
+    notes = dict.fromkeys(note for one in told for note in one.notes)
+    parents = [parent for one in told for parent in one.parents]
     unique = [parent for index, parent in enumerate(parents) if parent not in parents[:index]]
-    return replace(
-        SyntheticDataset.join(parts), recipe=replace(recipe, notes=tuple(notes), parents=(*recipe.parents, *unique))
-    )
+    return replace(SyntheticDataset.join(parts), recipe=replace(recipe, notes=tuple(notes), parents=tuple(unique)))
 
 
 class _Watch:

@@ -441,3 +441,17 @@ def test_what_a_method_notes_is_kept_once(source):
     assert recipe.notes == ("redrawn: 0",)
     assert recipe.parents == ({"job": "class/0"}, {"teacher": "x"}, {"job": "class/1"}, {"job": "class/2"})
     assert recipe.method["type"] == "Noted"
+
+
+def test_conditions_that_change_after_the_last_job_are_noted_too(source, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SyntheticDataset, "join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            synthesize(Noted(), source, out=tmp_path)
+    recipe = synthesize(Noted(), source, out=tmp_path, chunk=1).recipe
+    assert ["continued under other conditions" in note for note in recipe.notes] == [True, False]
+    assert recipe.notes[1] == "redrawn: 0"
+    assert len(recipe.parents) == 4
