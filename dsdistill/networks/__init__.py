@@ -1,19 +1,32 @@
 """Networks to distil with and to train: construction, fresh parameters, features."""
 
+from dsdistill.networks.alexnet import AlexNet
 from dsdistill.networks.base import Network
 from dsdistill.networks.convnet import ConvNet
 from dsdistill.networks.initialize import embed, has_batchnorm, parameter_digest, reinitialize_
+from dsdistill.networks.lenet import LeNet
 from dsdistill.networks.mlp import MLP
+from dsdistill.networks.needs import Need, check_needs
 from dsdistill.networks.resnet import ResNet18
+from dsdistill.networks.resnet_ap import ResNet18AP, ResNetAP10
 from dsdistill.networks.spec import NetworkSpec, list_networks, register_network
-from dsdistill.networks.taps import tapped
+from dsdistill.networks.taps import activation_taps, tapped
+from dsdistill.networks.vgg import VGG11
 
 __all__ = [
     "MLP",
+    "VGG11",
+    "AlexNet",
     "ConvNet",
+    "LeNet",
+    "Need",
     "Network",
     "NetworkSpec",
     "ResNet18",
+    "ResNet18AP",
+    "ResNetAP10",
+    "activation_taps",
+    "check_needs",
     "embed",
     "has_batchnorm",
     "list_networks",

@@ -1,5 +1,6 @@
 """What all networks of this package have in common: features, then one linear classifier."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -13,6 +14,8 @@ class Network(nn.Module, ABC):
     """A feature extractor followed by one linear layer.
 
     Subclasses set `classifier` and write `embed`; ``options`` names the settings of a `NetworkSpec` they take.
+    Activations of maps ``(N, C, H, W)`` are modules whose own names begin with "act" (``stem.act``, ``act1``), each
+    run once and declared in order of execution; no other module has such a name.
     """
 
     options: ClassVar[tuple[str, ...]] = ()
@@ -28,6 +31,23 @@ class Network(nn.Module, ABC):
         return logits
 
 
+class FanOutConv2d(nn.Conv2d):
+    """A convolution whose fresh weights are normal with variance 2 / (kernel height * kernel width * outputs).
+
+    He, Zhang, Ren & Sun (arXiv 1502.01852), for the backward pass; the bias is drawn as in any convolution.
+    """
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of fresh weights."""
+        return math.sqrt(2 / (self.kernel_size[0] * self.kernel_size[1] * self.out_channels))
+
+    def reset_parameters(self) -> None:
+        """Draw weight and bias from the global generator, as the library does when a layer is made."""
+        super().reset_parameters()
+        nn.init.normal_(self.weight, 0.0, self.weight_std)
+
+
 class InstanceNorm(nn.GroupNorm):
     """Group norm with one group per channel, ``(N, C, H, W) -> (N, C, H, W)``: no running statistics, affine."""
 
@@ -38,7 +58,8 @@ class InstanceNorm(nn.GroupNorm):
         """Each channel of each image with mean 0 and variance 1, times weight, plus bias."""
         # The library's kernel for channels-last maps on the CPU does one value at a time below 1024 pixels; the same
         # formula in whole-tensor operations is 3 to 6 times faster there, a tenth of a ConvNet's forward pass.
-        last = maps.device.type == "cpu" and maps.is_contiguous(memory_format=torch.channels_last)
+        # Strides are asked because a memory format cannot be under vmap, where both ways are right.
+        last = maps.device.type == "cpu" and maps.stride(1) == 1
         if not last or maps.dtype != self.weight.dtype or maps.shape[2] * maps.shape[3] >= 1024:
             return super().forward(maps)
         pixels = maps.permute(0, 2, 3, 1)
@@ -81,3 +102,15 @@ def check_sizes(shape: tuple[int, int, int], num_classes: int) -> None:
         raise InvalidSetting("shape", tuple(shape), "give (channels, height, width), each at least 1")
     if num_classes < 1:
         raise InvalidSetting("num_classes", num_classes, "there must be at least 1 class")
+
+
+def check_least(name: str, shape: tuple[int, int, int], least: int) -> None:
+    """Refuse images with a side below ``least`` pixels.
+
+    Raises:
+        InvalidSetting: naming the network, the images and networks that take smaller ones.
+    """
+    if min(shape[1:]) < least:
+        raise InvalidSetting(
+            "shape", shape, f"{name} needs images of at least {least} x {least} pixels; use convnet or mlp"
+        )

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from dsdistill.errors import InvalidSetting
-from dsdistill.networks.base import Network
+from dsdistill.networks.base import FanOutConv2d, Network
 from dsdistill.networks.taps import tapped
 
 
@@ -17,19 +18,25 @@ from dsdistill.networks.taps import tapped
 def reinitialize_(module: nn.Module, generator: torch.Generator) -> None:
     """Give a network fresh parameters in place, from PyTorch's default distribution.
 
-    Weights and biases of convolutions and linear layers are uniform in +-1/sqrt(fan_in); norm layers get weight 1,
-    bias 0 and fresh running statistics. Everything is drawn at once, in float32 on the generator's device, so the
-    values depend on neither the network's device, precision nor memory format. Modes and gradient flags are kept.
+    Weights and biases of convolutions and linear layers are uniform in +-1/sqrt(fan_in), weights of a `FanOutConv2d`
+    normal; norm layers get weight 1, bias 0 and fresh running statistics. Everything uniform is drawn at once, then
+    everything normal, in float32 on the generator's device, so the values depend on neither the network's device,
+    precision nor memory format. Modes and gradient flags are kept.
 
     Raises:
         TypeError: a submodule of another type has parameters; nothing has been changed then.
     """
-    drawn: list[tuple[Tensor, float]] = []
+    uniform: list[tuple[Tensor, float]] = []  # parameters with their bounds
+    normal: list[tuple[Tensor, float]] = []  # parameters with their standard deviations
     norms: list[nn.Module] = []
     for name, part in module.named_modules():
         if isinstance(part, (nn.Linear, _ConvNd)):
             bound = 1 / math.sqrt(part.weight[0].numel())
-            drawn += [(parameter, bound) for parameter in part.parameters(recurse=False)]
+            for parameter in part.parameters(recurse=False):
+                if isinstance(part, FanOutConv2d) and parameter is part.weight:
+                    normal.append((parameter, part.weight_std))
+                else:
+                    uniform.append((parameter, bound))
         elif isinstance(part, (nn.GroupNorm, nn.LayerNorm, _NormBase)):
             norms.append(part)
         elif next(part.parameters(recurse=False), None) is not None:
@@ -37,18 +44,28 @@ def reinitialize_(module: nn.Module, generator: torch.Generator) -> None:
                 f"cannot re-initialise {name or 'the network'} ({type(part).__name__}): only convolutions, linear and "
                 "norm layers are known; register a factory that builds the network instead"
             )
-    total = sum(parameter.numel() for parameter, _ in drawn)
-    uniform = torch.rand(total, generator=generator, device=generator.device)
-    if drawn:
-        uniform = uniform.to(drawn[0][0].device, non_blocking=True)
-    pieces = torch.split(uniform, [parameter.numel() for parameter, _ in drawn])
-    for (parameter, bound), values in zip(drawn, pieces, strict=True):
-        parameter.copy_(values.view(parameter.shape).mul_(2 * bound).sub_(bound))
+    for target, values, bound in _drawn(torch.rand, uniform, generator):
+        target.copy_(values.mul_(2 * bound).sub_(bound))
+    for target, values, std in _drawn(torch.randn, normal, generator):
+        target.copy_(values.mul_(std))
     for norm in norms:
         for name, parameter in norm.named_parameters(recurse=False):
             parameter.fill_(1.0 if name == "weight" else 0.0)
         if isinstance(norm, _NormBase):
             norm.reset_running_stats()
+
+
+def _drawn(
+    draw: Callable[..., Tensor], spreads: Sequence[tuple[Tensor, float]], generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Each parameter with fresh numbers of its shape on its device and its spread; one draw, one transfer."""
+    if not spreads:
+        return
+    sizes = [parameter.numel() for parameter, _ in spreads]
+    numbers = draw(sum(sizes), generator=generator, device=generator.device)
+    numbers = numbers.to(spreads[0][0].device, non_blocking=True)
+    for (parameter, spread), values in zip(spreads, torch.split(numbers, sizes), strict=True):
+        yield parameter, values.view(parameter.shape), spread
 
 
 def embed(network: nn.Module, images: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """ResNet-18 for small images (He, Zhang, Ren & Sun, arXiv 1512.03385, section 4.2 stem)."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from dsdistill.errors import InvalidSetting
-from dsdistill.networks.base import Network, check_sizes, normalization
+from dsdistill.networks.base import Network, check_least, check_sizes, normalization
 
 
 class Block(nn.Module):
@@ -17,17 +15,20 @@ class Block(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.norm1 = normalization(norm, outputs, *size)
+        self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = normalization(norm, outputs, *size)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             self.shortcut.add_module("conv", nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
             self.shortcut.add_module("norm", normalization(norm, outputs, *size))
+        self.act2 = nn.ReLU()
 
     def forward(self, maps: Tensor) -> Tensor:
         """Shapes as above."""
-        inner = F.relu(self.norm1(self.conv1(maps)))
-        return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(maps))
+        inner = self.act1(self.norm1(self.conv1(maps)))
+        result: Tensor = self.act2(self.norm2(self.conv2(inner)) + self.shortcut(maps))
+        return result
 
 
 class ResNet18(Network):
@@ -47,9 +48,8 @@ class ResNet18(Network):
     def __init__(self, shape: tuple[int, int, int], num_classes: int, norm: str = "instance") -> None:
         super().__init__()
         check_sizes(shape, num_classes)
+        check_least("resnet18", shape, 8)
         channels, height, width = shape
-        if min(height, width) < 8:
-            raise InvalidSetting("shape", shape, "resnet18 needs images of at least 8 x 8 pixels; use convnet or mlp")
         self.stem = nn.Sequential()
         self.stem.add_module("conv", nn.Conv2d(channels, 64, 3, padding=1, bias=False))
         self.stem.add_module("norm", normalization(norm, 64, height, width))

@@ -1,7 +1,7 @@
 """Naming, building and refreshing networks."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from weakref import WeakSet
@@ -14,15 +14,29 @@ from dsdistill.core.config import validate
 from dsdistill.core.device import resolve_device
 from dsdistill.core.rng import isolated_global_rng, seed_global
 from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.networks.alexnet import AlexNet
 from dsdistill.networks.base import Network, check_sizes
 from dsdistill.networks.convnet import ConvNet, default_depth
 from dsdistill.networks.initialize import reinitialize_
+from dsdistill.networks.lenet import LeNet
+from dsdistill.networks.library import Factory, library_factory
 from dsdistill.networks.mlp import MLP
+from dsdistill.networks.needs import Need, check_needs
+from dsdistill.networks.probe import check_output, unsuitable
 from dsdistill.networks.resnet import ResNet18
+from dsdistill.networks.resnet_ap import ResNet18AP, ResNetAP10
+from dsdistill.networks.vgg import VGG11
 
-Factory = Callable[[tuple[int, int, int], int], nn.Module]
-
-BUILTIN: dict[str, type[Network]] = {"convnet": ConvNet, "mlp": MLP, "resnet18": ResNet18}
+BUILTIN: dict[str, type[Network]] = {
+    "convnet": ConvNet,
+    "mlp": MLP,
+    "lenet": LeNet,
+    "alexnet": AlexNet,
+    "vgg11": VGG11,
+    "resnet18": ResNet18,
+    "resnet18_ap": ResNet18AP,
+    "resnet_ap10": ResNetAP10,
+}
 _registered: dict[str, Factory] = {}
 _seen: "WeakSet[nn.Module]" = WeakSet()  # what factories returned so far
 
@@ -53,17 +67,18 @@ class NetworkSpec:
 
     Raises:
         InvalidSetting: a value is out of range, or the network does not have that setting.
-        UnknownName: the name is neither built in, registered nor a "package.module:function".
+        UnknownName: the name is neither built in, registered nor has a colon.
     """
 
     name: str = "convnet"
-    """"convnet", "resnet18", "mlp", a registered name, or "package.module:function" of (shape, num_classes)."""
+    """"convnet", "mlp", "lenet", "alexnet", "vgg11", "resnet18", "resnet18_ap", "resnet_ap10", a registered name,
+    "torchvision:model" or "timm:model" (random weights), or "package.module:function" of (shape, num_classes)."""
     width: Annotated[int, Ge(1)] | None = None
     """Channels of every conv (units of every hidden layer of "mlp"); None: 128."""
     depth: Annotated[int, Ge(1)] | None = None
     """Blocks; None: 3 for images up to 32 pixels, 4 up to 64, 5 above."""
     norm: Literal["none", "batch", "layer", "instance", "group"] | None = None
-    """Normalisation layers; None: "instance"."""
+    """Normalisation layers; None: "instance", but "none" for "alexnet"."""
     activation: Literal["sigmoid", "relu", "leaky_relu", "swish"] | None = None
     """Activation after each norm; None: "relu"."""
     pooling: Literal["none", "max", "avg"] | None = None
@@ -72,7 +87,7 @@ class NetworkSpec:
     def __post_init__(self) -> None:
         validate(self)
         if ":" not in self.name and self.name not in list_networks():
-            hint = "Others: register_network, or 'package.module:function'."
+            hint = "Others: register_network, 'torchvision:model', 'timm:model', or 'package.module:function'."
             raise UnknownName("network", self.name, list_networks(), hint)
         allowed = BUILTIN[self.name].options if self.name in BUILTIN else ()
         for option, value in self._options().items():
@@ -91,16 +106,41 @@ class NetworkSpec:
     def check(self, shape: tuple[int, int, int], num_classes: int) -> None:
         """Refuse images or settings that the network does not fit, without making a single parameter.
 
-        A user's factory is only imported here; `build` checks what it returns.
+        A user's factory is only imported here, and a model of a library only looked up; `require` makes one.
 
         Raises:
             InvalidSetting: as in `build`.
+            UnknownName: the library has no model of that name.
+            MissingExtra: the library is not installed.
         """
         check_sizes(shape, num_classes)
         if self.name in BUILTIN:
             self._blueprint(shape, num_classes)
-        elif self.name not in _registered:
-            _imported(self.name)
+        else:
+            self._factory()
+
+    def require(self, needs: Collection[Need], shape: tuple[int, int, int], num_classes: int) -> None:
+        """Refuse what `check` and `build` refuse, and a network without all that a method needs of it.
+
+        A built-in network is examined without making a single parameter; a factory or library is called once, on
+        the CPU, and what it made is run.
+
+        Args:
+            needs: of "features", "maps", "batch-independent" and "second-order"; see `Need`.
+            shape: ``(C, H, W)`` of one image.
+            num_classes: number of logits.
+
+        Raises:
+            InvalidSetting: as in `build`, or a need is not met; it is named, and what would do.
+            UnknownName: a need is none of these, or the library has no model of that name.
+            MissingExtra: the library is not installed.
+        """
+        check_sizes(shape, num_classes)
+        if self.name in BUILTIN:
+            network: nn.Module = self._blueprint(shape, num_classes)
+        else:
+            network = self._call_factory(shape, num_classes, torch.Generator().manual_seed(0), torch.device("cpu"))
+        check_needs(self.name, network, needs, shape)
 
     def _blueprint(self, shape: tuple[int, int, int], num_classes: int) -> Network:
         options = self._options()
@@ -123,6 +163,8 @@ class NetworkSpec:
 
         Raises:
             InvalidSetting: the network does not fit the images, or a factory returned something unsuitable.
+            UnknownName: the library has no model of that name.
+            MissingExtra: the library is not installed.
             DeviceUnavailable: the device is not there.
         """
         check_sizes(shape, num_classes)
@@ -154,10 +196,15 @@ class NetworkSpec:
         network.zero_grad(set_to_none=True)
         return network.train().requires_grad_(True)
 
+    def _factory(self) -> Factory:
+        if self.name in _registered:
+            return _registered[self.name]
+        return library_factory(self.name) or _imported(self.name)
+
     def _call_factory(
         self, shape: tuple[int, int, int], num_classes: int, generator: torch.Generator, device: torch.device
     ) -> nn.Module:
-        factory = _registered[self.name] if self.name in _registered else _imported(self.name)
+        factory = self._factory()
         seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
         with isolated_global_rng(device):
             seed_global(seed, device)
@@ -167,19 +214,15 @@ class NetworkSpec:
                 call = (
                     f"it is called as factory({shape}, {num_classes}), with the image shape and the number of classes"
                 )
-                raise _unsuitable(self.name, f"{call}: {error}") from error
+                raise unsuitable(self.name, f"{call}: {error}") from error
             if not isinstance(network, nn.Module):
-                raise _unsuitable(self.name, f"it must return a torch.nn.Module, not {type(network).__name__}")
+                raise unsuitable(self.name, f"it must return a torch.nn.Module, not {type(network).__name__}")
             if network in _seen:
-                raise _unsuitable(self.name, "it must return a new network at each call, not the same object again")
+                raise unsuitable(self.name, "it must return a new network at each call, not the same object again")
             _seen.add(network)
             network.to(device)
-            _check_output(self.name, network, shape, num_classes, device)
+            check_output(self.name, network, shape, num_classes, device)
         return network
-
-
-def _unsuitable(name: str, problem: str) -> InvalidSetting:
-    return InvalidSetting("network factory", name, problem)
 
 
 def _imported(name: str) -> Factory:
@@ -197,24 +240,3 @@ def _imported(name: str) -> Factory:
         raise InvalidSetting("NetworkSpec.name", name, "it is not callable; name a function of (shape, num_classes)")
     made: Factory = factory
     return made
-
-
-@torch.no_grad()
-def _check_output(
-    name: str, network: nn.Module, shape: tuple[int, int, int], num_classes: int, device: torch.device
-) -> None:
-    """Run two blank images through a factory's network; evaluation mode, so that no statistics move."""
-    modes = {part: part.training for part in network.modules()}
-    network.eval()
-    try:
-        output = network(torch.zeros(2, *shape, device=device))
-    except Exception as error:
-        raise _unsuitable(name, f"its network fails on images of shape {(2, *shape)}: {error}") from error
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    if not isinstance(output, torch.Tensor) or output.shape != (2, num_classes):
-        actual = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-        raise _unsuitable(
-            name, f"for images of shape {(2, *shape)} it must return logits {(2, num_classes)}, not {actual}"
-        )

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dsdistill.errors import InvalidSetting
-from dsdistill.networks import MLP, ConvNet, Network, ResNet18, reinitialize_
+from dsdistill.networks import MLP, VGG11, AlexNet, ConvNet, LeNet, Network, ResNet18, ResNet18AP, reinitialize_
 from dsdistill.networks.base import InstanceNorm, normalization
 from dsdistill.networks.convnet import default_depth
 
@@ -32,7 +32,18 @@ def fresh(network: nn.Module, seed: int = 0) -> nn.Module:
         (lambda: ConvNet((3, 64, 64), 1000, depth=4), 2_496_360),
         (lambda: ConvNet((3, 128, 128), 10, depth=5), 615_690),
         (lambda: ResNet18(CIFAR, 10), 11_173_962),
+        (lambda: ResNet18((1, 28, 28), 10), 11_172_810),
+        (lambda: ResNet18AP(CIFAR, 10), 11_250_762),
         (lambda: MLP(CIFAR, 10), 411_146),
+        (lambda: LeNet(CIFAR, 10), 62_006),
+        (lambda: LeNet((1, 28, 28), 10), 61_706),
+        (lambda: AlexNet(CIFAR, 10), 1_872_202),
+        (lambda: AlexNet((1, 28, 28), 10), 1_865_802),
+        (lambda: AlexNet(CIFAR, 10, norm="batch"), 1_872_202 + 2 * (128 + 192 + 256 + 192 + 192)),
+        (lambda: VGG11(CIFAR, 10), 9_231_114),
+        (lambda: VGG11(CIFAR, 10, norm="batch"), 9_231_114),
+        (lambda: VGG11(CIFAR, 10, norm="none"), 9_231_114 - 2 * (64 + 128 + 2 * 256 + 4 * 512)),
+        (lambda: VGG11((1, 28, 28), 10), 9_229_962),
     ],
 )
 def test_parameter_counts_are_the_published_ones(network, count):

@@ -9,6 +9,7 @@ from dsdistill.core.config import describe, from_dict, to_dict
 from dsdistill.errors import DeviceUnavailable, InvalidSetting, UnknownName
 from dsdistill.networks import MLP, ConvNet, NetworkSpec, ResNet18, list_networks, parameter_digest, register_network
 from dsdistill.networks import spec as spec_module
+from dsdistill.networks.spec import BUILTIN
 
 SHAPE = (3, 8, 8)
 
@@ -38,9 +39,14 @@ def registry(monkeypatch):
     monkeypatch.setitem(sys.modules, "someones_networks", module)
 
 
+BUILTINS = ["alexnet", "convnet", "lenet", "mlp", "resnet18", "resnet18_ap", "resnet_ap10", "vgg11"]
+
 SPECS = [
     {"name": "convnet", "width": 8, "norm": "batch"},
     {"name": "mlp", "width": 8},
+    {"name": "alexnet", "norm": "batch"},
+    {"name": "resnet_ap10"},
+    {"name": "resnet_ap10", "norm": "none"},
     {"name": "small"},
     {"name": "someones_networks:small"},
 ]
@@ -63,7 +69,7 @@ def test_build_and_refresh_are_determined_by_the_generator(arguments):
     assert parameter_digest(again) == digest
     assert all(part.training for part in again.modules())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in again.parameters())
-    assert (again is network) == (spec.name in ("convnet", "mlp"))
+    assert (again is network) == (spec.name in BUILTINS)
     assert parameter_digest(refresh(spec, again, 4)) != digest
 
 
@@ -84,6 +90,21 @@ def test_defaults_are_those_of_the_networks():
     assert isinstance(build(NetworkSpec("resnet18", norm="batch")), ResNet18)
 
 
+SIZES = [(1, 28, 28), (3, 32, 32), (3, 33, 47), (4, 64, 40), (3, 96, 100), (3, 128, 128), (3, 130, 224), (3, 224, 224)]
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_all_networks_take_images_from_28_to_224_pixels(name):
+    for shape in SIZES:
+        NetworkSpec(name).require(["features"], shape, 7)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILTINS if "norm" in BUILTIN[name].options])
+def test_all_norms_fit_maps_of_odd_sizes(name):
+    for norm in ("none", "batch", "layer", "instance", "group"):
+        NetworkSpec(name, norm=norm).require(["features"], (3, 45, 67), 7)
+
+
 def test_settings_reach_the_network():
     spec = NetworkSpec("convnet", width=6, depth=1, norm="none", activation="swish", pooling="max")
     block = build(spec).blocks[0]
@@ -96,7 +117,7 @@ def test_settings_reach_the_network():
     ("arguments", "message"),
     [
         ({"name": "resnet18", "depth": 3}, "only convnet have it"),
-        ({"name": "mlp", "norm": "batch"}, "only convnet, resnet18 have it"),
+        ({"name": "mlp", "norm": "batch"}, "only convnet, alexnet, vgg11, resnet18, resnet18_ap, resnet_ap10 have it"),
         ({"name": "small", "width": 3}, "only convnet, mlp have it"),
         ({"name": "a.b:c", "pooling": "max"}, "only convnet have it"),
         ({"width": 0}, "greater than or equal to 1"),
@@ -112,13 +133,15 @@ def test_unknown_name_suggests_the_nearest():
     with pytest.raises(UnknownName, match="did you mean 'convnet'") as error:
         NetworkSpec("ConvNte")
     assert error.value.kind == "network"
-    assert error.value.known == ("convnet", "mlp", "resnet18", "small")
+    assert error.value.known == tuple(sorted([*BUILTINS, "small"]))
+    with pytest.raises(UnknownName, match="did you mean 'resnet_ap10'"):
+        NetworkSpec("ResNetAP-10")
 
 
 def test_register_and_list():
     register_network("mine", small)
     register_network("mine", small)
-    assert list_networks() == ["convnet", "mine", "mlp", "resnet18", "small"]
+    assert list_networks() == sorted([*BUILTINS, "mine", "small"])
     assert isinstance(build(NetworkSpec("mine")), nn.Sequential)
     for name, factory in (("mine", lambda shape, classes: None), ("convnet", small), ("a:b", small), ("", small)):
         with pytest.raises(InvalidSetting, match="choose"):

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from dsdistill.errors import UnknownName
-from dsdistill.networks import ConvNet, reinitialize_, tapped
+from dsdistill.networks import ConvNet, activation_taps, reinitialize_, tapped
+from dsdistill.networks.spec import BUILTIN
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -60,3 +61,70 @@ def test_unknown_module_is_named_and_nothing_is_hooked(network):
     ):
         pass
     assert hooks(network) == 0
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_taps_of_our_networks_are_all_activations_of_maps_in_order_of_execution(name):
+    shape = (3, 32, 32)
+    with torch.device("meta"):
+        network = BUILTIN[name](shape, 4)
+    taps = activation_taps(network, shape)
+    with tapped(network, lambda _, part: isinstance(part, nn.ReLU)) as found:
+        network(torch.zeros(2, *shape, device="meta"))
+    assert taps == tuple(name for name, maps in found.items() if maps.dim() == 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("convnet", [(128, 32), (128, 16), (128, 8)]),
+        ("mlp", []),
+        ("lenet", [(6, 28), (16, 10)]),
+        ("alexnet", [(128, 32), (192, 16), (256, 8), (192, 8), (192, 8)]),
+        ("vgg11", [(64, 32), (128, 16), (256, 8), (256, 8), (512, 4), (512, 4), (512, 2), (512, 2)]),
+        ("resnet18", [(64, 32)] * 5 + [(128, 16)] * 4 + [(256, 8)] * 4 + [(512, 4)] * 4),
+        (
+            "resnet18_ap",
+            [*[(64, 32)] * 5, (128, 32), *[(128, 16)] * 3, (256, 16), *[(256, 8)] * 3, (512, 8), *[(512, 4)] * 3],
+        ),
+        ("resnet_ap10", [*[(64, 32)] * 3, (128, 32), (128, 16), (256, 16), (256, 8), (512, 8), (512, 4)]),
+    ],
+)
+def test_tapped_maps_are_those_before_pooling(name, shapes):
+    shape = (3, 32, 32)
+    with torch.device("meta"):
+        network = BUILTIN[name](shape, 4)
+    with tapped(network, activation_taps(network, shape)) as maps:
+        network(torch.zeros(2, *shape, device="meta"))
+    assert [tuple(tensor.shape) for tensor in maps.values()] == [(2, width, size, size) for width, size in shapes]
+
+
+class Foreign(nn.Module):
+    """Declared out of order; with gates of one pixel, channels-last activations and a shared activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.first = nn.GELU(), nn.SiLU()
+        self.gate, self.inner, self.unused = nn.Sigmoid(), nn.ReLU(), nn.ReLU()
+        self.squeeze, self.mix = nn.Conv2d(4, 4, 1), nn.Linear(4, 9)
+        self.stem, self.body = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+        self.norm, self.head = nn.BatchNorm2d(4), nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    def forward(self, images):
+        maps = self.first(self.norm(self.stem(images)))
+        maps = maps * self.gate(self.squeeze(maps.mean((2, 3), keepdim=True)))
+        mixed = self.inner(self.mix(maps.permute(0, 2, 3, 1))).mean(3)
+        return self.head(self.last(self.body(maps + mixed[:, None])).mean((2, 3)))
+
+
+def test_taps_of_other_networks_are_found_by_running_them():
+    network = Foreign()
+    network.head.eval()
+    assert activation_taps(network, (3, 8, 8)) == ("first", "last")
+    assert hooks(network) == 0
+    assert network.norm.num_batches_tracked == 0
+    assert (network.training, network.norm.training, network.head.training) == (True, True, False)
+
+
+def test_a_network_without_activations_has_no_taps():
+    assert activation_taps(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), (3, 8, 8)) == ()
