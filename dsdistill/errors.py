@@ -12,6 +12,8 @@
     │   └── ShapeMismatch              3   a tensor or image has the wrong shape
     ├── Diverged (ArithmeticError)     4   a loss or a state tensor became NaN or infinite
     ├── OutputLocked (OSError)         5   another process works in the output folder
+    ├── OutOfSpace (OSError)           5   the disk cannot hold what is about to be written
+    ├── OutOfMemory                    5   memory ran out, also with the smallest chunk
     ├── BadArtifact (ValueError)       6   a set or checkpoint is corrupt, foreign, newer or unsafe
     └── Stopped                  130/143   a signal ended the run after its state was saved
 
@@ -91,6 +93,29 @@ class OutputLocked(DistillError, OSError):
     def __init__(self, path: Path, holder: str) -> None:
         self.path, self.holder = path, holder
         super().__init__(f"{path}: in use by {holder}; wait for it to end or choose another output folder")
+
+
+class OutOfSpace(DistillError, OSError):
+    """The disk cannot hold what is about to be written. Attributes: ``path``, ``needed``, ``free`` (bytes)."""
+
+    exit_code = 5
+
+    def __init__(self, path: Path, needed: int, free: int) -> None:
+        self.path, self.needed, self.free = path, needed, free
+        super().__init__(
+            f"{path}: {needed} bytes are needed and {free} are free; "
+            "free space or choose another folder (caches: DSDISTILL_CACHE)"
+        )
+
+
+class OutOfMemory(DistillError):
+    """Memory ran out, and smaller chunks did not help. Attributes: ``what`` (was being done), ``chunk`` (the last)."""
+
+    exit_code = 5
+
+    def __init__(self, what: str, chunk: int, problem: str, knobs: str) -> None:
+        self.what, self.chunk = what, chunk
+        super().__init__(f"{what}: out of memory with {chunk} images at a time ({problem}). {knobs}")
 
 
 class DeviceUnavailable(DistillError, RuntimeError):

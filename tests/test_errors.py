@@ -16,6 +16,8 @@ from dsdistill.errors import (
     Diverged,
     InvalidSetting,
     MissingExtra,
+    OutOfMemory,
+    OutOfSpace,
     OutputConflict,
     OutputLocked,
     ShapeMismatch,
@@ -36,6 +38,8 @@ SAMPLES = [
     Diverged("DM", "all", 3, "loss"),
     BadArtifact(Path("set"), "damaged"),
     Stopped(signal.SIGTERM, 5, Path("out")),
+    OutOfSpace(Path("out"), 2000, 500),
+    OutOfMemory("DM", 4, "CUDA out of memory", "Lower ipc."),
 ]
 
 
@@ -113,6 +117,11 @@ def test_errors_cross_process_borders(sample):
             SAMPLES[11],
             "stopped by SIGTERM after 5 iterations; state saved in out. Run the same command again to continue.",
         ),
+        (
+            SAMPLES[12],
+            "out: 2000 bytes are needed and 500 are free; "
+            "free space or choose another folder (caches: DSDISTILL_CACHE)",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -131,6 +140,7 @@ def test_facts_are_attributes():
     assert (SAMPLES[3].path, SAMPLES[10].path, SAMPLES[4].holder) == (Path("out"), Path("set"), "process 1")
     assert (SAMPLES[8].actual, SAMPLES[8].expected) == ((1,), "(2,)")
     assert (SAMPLES[6].package, SAMPLES[6].extra, SAMPLES[5].device) == ("timm", "timm", "cuda")
+    assert (SAMPLES[12].path, SAMPLES[12].needed, SAMPLES[12].free) == (Path("out"), 2000, 500)
     assert (SAMPLES[11].signum, SAMPLES[11].iteration, SAMPLES[11].path) == (signal.SIGTERM, 5, Path("out"))
 
 

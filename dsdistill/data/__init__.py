@@ -8,10 +8,30 @@ Example:
     torch.Size([6, 1, 8, 8])
 """
 
-from dsdistill.data.catalog import LoadRequest, list_datasets, load, register_dataset
-from dsdistill.data.dataset import from_dataset
-from dsdistill.data.normalize import Normalization
-from dsdistill.data.source import Batch, ImageSource
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsdistill.data.catalog import LoadRequest, list_datasets, load, published_normalization, register_dataset
+    from dsdistill.data.dataset import from_dataset
+    from dsdistill.data.hub import from_hub
+    from dsdistill.data.normalize import Normalization
+    from dsdistill.data.source import Batch, ImageSource
+    from dsdistill.data.whitening import whiten
+
+_NAMES = {
+    "Batch": "source",
+    "ImageSource": "source",
+    "LoadRequest": "catalog",
+    "Normalization": "normalize",
+    "from_dataset": "dataset",
+    "from_hub": "hub",
+    "list_datasets": "catalog",
+    "load": "catalog",
+    "published_normalization": "catalog",
+    "register_dataset": "catalog",
+    "whiten": "whitening",
+}
 
 __all__ = [
     "Batch",
@@ -19,7 +39,21 @@ __all__ = [
     "LoadRequest",
     "Normalization",
     "from_dataset",
+    "from_hub",
     "list_datasets",
     "load",
+    "published_normalization",
     "register_dataset",
+    "whiten",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: processes that decode images import modules of this package which need no torch.
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,11 +1,15 @@
 """Checks and splits shared by everything that makes an `ImageSource`."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
+
+if TYPE_CHECKING:
+    from dsdistill.data.store import PixelStore
 
 
 def stratified(
@@ -52,7 +56,9 @@ def require_same_classes(name: str, train: Sequence[str], test: Sequence[str]) -
     raise BadData(f"{name}: the test split {' and '.join(problems)}; both need the same classes in the same order")
 
 
-def checked_counts(name: str, classes: tuple[str, ...], images: Tensor, targets: Tensor) -> tuple[int, ...]:
+def checked_counts(
+    name: str, classes: tuple[str, ...], images: "Tensor | PixelStore", targets: Tensor
+) -> tuple[int, ...]:
     """Images of each class, after checking that images, targets and class names fit together.
 
     Raises:
@@ -62,14 +68,14 @@ def checked_counts(name: str, classes: tuple[str, ...], images: Tensor, targets:
     if not classes or len(set(classes)) != len(classes):
         repeated = sorted({title for title in classes if classes.count(title) > 1})
         raise BadData(f"{name}: give at least one class and each name once; repeated: {some(repeated)}")
-    if images.dtype != torch.uint8:
+    if isinstance(images, Tensor) and images.dtype != torch.uint8:
         raise BadData(f"{name}: images have dtype {images.dtype}; give uint8, 0 to 255 (from_dataset converts)")
-    if images.ndim != 4 or images.numel() == 0:
+    if len(images.shape) != 4 or 0 in images.shape:
         raise ShapeMismatch(f"{name}: images", tuple(images.shape), "(N, C, H, W) with at least one pixel")
     if targets.is_floating_point() or targets.dtype == torch.bool:
         raise BadData(f"{name}: targets have dtype {targets.dtype}; give integer class indices")
-    if tuple(targets.shape) != (len(images),):
-        raise ShapeMismatch(f"{name}: targets", tuple(targets.shape), f"({len(images)},), one per image")
+    if tuple(targets.shape) != (images.shape[0],):
+        raise ShapeMismatch(f"{name}: targets", tuple(targets.shape), f"({images.shape[0]},), one per image")
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= len(classes):
         wrong = low if low < 0 else high

@@ -14,6 +14,7 @@ from dsdistill.core.device import resolve_device
 from dsdistill.data.checks import require_same_classes
 from dsdistill.data.decode import to_pixels
 from dsdistill.data.normalize import Normalization
+from dsdistill.data.read import allocate
 from dsdistill.data.source import ImageSource
 from dsdistill.errors import BadData
 
@@ -73,7 +74,7 @@ def _open_test(name: str, test: Any, classes: tuple[str, ...]) -> ImageSource:
 def _read(name: str, dataset: Any) -> tuple[Tensor, Tensor]:
     """Images uint8 (N, C, H, W) and labels int64 (N,)."""
     count = _require_items(name, dataset)
-    images: list[Tensor] = []
+    images: Tensor | None = None
     labels: list[int] = []
     shapes: dict[tuple[int, ...], int] = {}
     for index in range(count):
@@ -84,16 +85,20 @@ def _read(name: str, dataset: Any) -> tuple[Tensor, Tensor]:
             raise BadData(f"{where}: reading it failed ({type(error).__name__}: {error})") from error
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise BadData(f"{where}: expected (image, label), got {type(item).__name__}")
-        images.append(_image(where, item[0]))
+        image = _image(where, item[0])
         labels.append(_label(where, item[1]))
-        shapes[tuple(images[-1].shape)] = shapes.get(tuple(images[-1].shape), 0) + 1
-    if len(shapes) > 1:
+        shapes[tuple(image.shape)] = shapes.get(tuple(image.shape), 0) + 1
+        if images is None:  # one block from the start: a list to be stacked would take the memory twice
+            images = torch.from_numpy(allocate(name, (count, *image.shape)))
+        if images.shape[1:] == image.shape:
+            images[index] = image
+    if images is None or len(shapes) > 1:
         listing = ", ".join(f"{shape} ({times})" for shape, times in list(shapes.items())[:5])
         raise BadData(
             f"{name}: images have {len(shapes)} shapes (C, H, W): {listing}; resize and convert them to one "
             "shape in the dataset's transform"
         )
-    return torch.stack(images), torch.tensor(labels)
+    return images, torch.tensor(labels)
 
 
 def _require_items(name: str, dataset: Any) -> int:

@@ -1,37 +1,70 @@
-"""From image files and Pillow images to uint8 tensors, by one stated rule.
+"""From one image file or Pillow image to uint8 pixels, by one stated rule.
 
 - The first frame of an animation is used; the EXIF orientation is applied.
 - An image is grey when its mode has one colour channel (1, L, LA, 16-bit grey); all others (palette, CMYK, ...)
   become RGB. A set has one channel when every image is grey, otherwise three, grey ones repeated.
 - Alpha, also that of a palette, is composited on black.
-- 16-bit grey v becomes round(v / 257), so 0..65535 fills 0..255; nothing is clipped. Float images are refused.
-- A size, when asked for, is reached by stretching the whole frame with Pillow's (antialiased) bicubic filter.
+- 16-bit grey v becomes round(v / 257), so 0..65535 fills 0..255; nothing is clipped. 16-bit colour keeps the upper
+  8 bits, as Pillow reads it. Float images are refused.
+- A ``.npy`` file holds uint8 (H, W) or (H, W, C) with any number of channels, taken as it is; all images of a set
+  then need that number.
+- A size, when asked for, is reached with Pillow's (antialiased) bicubic filter: "stretch" takes the whole frame to
+  it, "crop" the largest centred part of the right shape, "pad" fits the whole frame in and centres it on black.
+
+Nothing here needs torch, so that processes which only decode start fast and stay small.
 """
 
-import logging
+import io
 import math
 import os
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from dsdistill.errors import BadData, InvalidSetting
 
 Pixels = NDArray[np.uint8]
+Resize = Literal["stretch", "crop", "pad"]
+
+RULE_VERSION = 1
+"""Raised whenever the same file would give other pixels: caches of older versions are then decoded anew."""
+
+PIXEL_LIMIT = 89_478_485
+"""Most pixels (height x width) of a file, against decompression bombs; a quarter GiB as RGB."""
+
+FILE_LIMIT = 2**30
+"""Most bytes of a file, which is read as a whole."""
+
 # The decoders of these extensions and no others, so that a renamed file cannot reach an exotic one.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
-EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"))
+ARRAY = ".npy"
+EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ARRAY))
 
-logger = logging.getLogger("dsdistill")
+# Modes with one colour channel; "I" with all its 16-bit variants.
+_GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_PNG_EXIF = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is asked of the pixels beyond the rule above.
+
+    Attributes:
+        size: (H, W) to resize to; None keeps the file's own.
+        resize: how that size is reached.
+    """
+
+    size: tuple[int, int] | None = None
+    resize: Resize = "stretch"
+
+    def __post_init__(self) -> None:
+        if self.resize not in get_args(Resize):
+            raise InvalidSetting("resize", self.resize, f"choose one of {', '.join(get_args(Resize))}")
 
 
 def to_pixels(image: Image.Image) -> Pixels:
@@ -43,7 +76,7 @@ def to_pixels(image: Image.Image) -> Pixels:
     # Pillow's in-place variant would change the caller's image.
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I"):
-        return _from_16_bit(np.asarray(turned).astype(np.int64))
+        return _from_16_bit(np.asarray(turned))
     if turned.mode == "F":
         raise ValueError("float pixels have no agreed range; save it with 8 or 16 bits")
     if turned.mode in ("LA", "La"):
@@ -57,93 +90,89 @@ def to_pixels(image: Image.Image) -> Pixels:
     return np.asarray(turned.convert("RGB"))
 
 
-def read_file(path: Path, size: tuple[int, int] | None = None) -> Pixels:
-    """Decode one file; ``size`` is (H, W) in pixels, None keeps the file's own.
+def read_file(path: Path, rule: Rule = Rule()) -> Pixels:
+    """Decode one file: uint8 (H, W) when grey, else (H, W, C).
 
     Raises:
         BadData: missing, unreadable, not an image, truncated, too large, or of an unsupported kind; names the file.
     """
-    where = shown(path)
+    return decode(path, read_bytes(path), rule)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        BadData: missing, unreadable or larger than `FILE_LIMIT`; names the file.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
-            pixels = to_pixels(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadData(
-            f"{where}: larger than {Image.MAX_IMAGE_PIXELS} pixels ({error}); "
-            "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        ) from None
-    except (PermissionError, FileNotFoundError) as error:
-        raise BadData(f"{where}: cannot be read ({error.strerror}); check the file and its permissions") from None
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > FILE_LIMIT:
+                raise BadData(f"{shown(path)}: larger than {FILE_LIMIT} bytes; shrink the image first")
+            return file.read()
+    except OSError as error:
+        raise BadData(f"{shown(path)}: cannot be read ({error.strerror}); check the file and its permissions") from None
+
+
+def decode(path: Path, content: bytes, rule: Rule = Rule()) -> Pixels:
+    """Decode the bytes of a file, whose name gives the kind (array or image) and stands in messages.
+
+    Raises:
+        BadData: as `read_file`.
+    """
+    try:
+        if _is_array(path):
+            return resized(_read_array(content), rule)
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _check_extent(image.height, image.width)
+            return resized(to_pixels(image), rule)
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes decoders raise nearly anything
-        raise BadData(f"{where}: not a readable image ({error}); replace or remove the file") from None
-    if size is not None and pixels.shape[:2] != size:
-        pixels = np.asarray(Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling.BICUBIC))
-    return pixels
+        raise _unreadable(path, error) from None
 
 
-def read_files(
-    name: str, paths: Sequence[Path], size: tuple[int, int] | None = None, channels: int | None = None
-) -> Tensor:
-    """Decode many files with a pool of threads: uint8 (N, C, H, W) in the order of ``paths``.
-
-    Args:
-        name: what to call the set in messages.
-        size: (H, W) to resize to; None demands that all files have one size.
-        channels: 1 or 3; None takes 1 when every image is grey.
+def probe(path: Path, content: bytes) -> tuple[int, int, int]:
+    """(H, W, channels) that a file will decode to, from its header: channels are 1 when grey, 3, or an array's own.
 
     Raises:
-        BadData: a bad file, mixed sizes, or a colour image where one channel was asked for.
+        BadData: not an image, too large, or of an unsupported kind. A damaged body is not noticed.
     """
-    logger.info("%s: decoding %d images", name, len(paths))
-    workers = min(8, os.cpu_count() or 1)
-    sizes: Counter[tuple[int, int]] = Counter()
-    first_coloured: Path | None = None
-    buffer: Pixels | None = None
-    with ThreadPoolExecutor(workers) as pool:
-        for index, pixels in enumerate(pool.map(partial(read_file, size=size), paths)):
-            height, width = pixels.shape[:2]
-            sizes[height, width] += 1
-            if pixels.ndim == 3 and first_coloured is None:
-                first_coloured = paths[index]
-            if buffer is None:
-                buffer = _allocate(name, (len(paths), 3, height, width))
-            if buffer.shape[2:] == (height, width):
-                buffer[index] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    if buffer is None or len(sizes) > 1:
-        raise BadData(f"{name}: {_mixed(sizes)}")
-    if channels == 1 and first_coloured is not None:
-        raise BadData(
-            f"{shown(first_coloured)}: a colour image where all images so far (the train split) are grey; "
-            "convert it to grey, or the others to colour"
-        )
-    if channels is None:
-        channels = 1 if first_coloured is None else 3
-    return torch.from_numpy(buffer if channels == 3 else np.ascontiguousarray(buffer[:, :1]))
+    try:
+        if _is_array(path):
+            shape, _, _ = _array_header(content)
+            return shape[0], shape[1], shape[2] if len(shape) == 3 else 1
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            _check_extent(image.height, image.width)
+            width, height = _stored_extent(image)
+            if _orientation(image, content) in _TURNED:
+                height, width = width, height
+            return height, width, 1 if image.mode in _GREY else 3
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from None
 
 
-def check_files(paths: Sequence[Path], size: tuple[int, int] | None, expected: tuple[int, int]) -> None:
-    """Decode files and forget them, so that a bad one is found before hours of work and not after.
-
-    Args:
-        size: (H, W) to resize to, or None.
-        expected: (H, W) that every image must have then.
-
-    Raises:
-        BadData: a bad file, or one of another size; names it.
-    """
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        shapes = pool.map(lambda path: read_file(path, size).shape[:2], paths)
-        for path, shape in zip(paths, shapes, strict=True):
-            if shape != expected:
-                raise BadData(
-                    f"{shown(path)}: {shape[0]} x {shape[1]} pixels where the training images have "
-                    f"{expected[0]} x {expected[1]}; give image_size=... to resize all"
-                )
+def resized(pixels: Pixels, rule: Rule) -> Pixels:
+    """Pixels (H, W) or (H, W, C) taken to the size of the rule; the same ones where they have it or none is set."""
+    if rule.size is None or pixels.shape[:2] == rule.size:
+        return pixels
+    (height, width), (tall, wide) = rule.size, pixels.shape[:2]
+    if rule.resize == "stretch":
+        return _scaled(pixels, height, width, None)
+    if rule.resize == "crop":
+        # Cut and scaled in one go: a scaled 20000 x 1 frame would be enormous before it is cut.
+        scale = max(height / tall, width / wide)
+        part = (min(tall, height / scale), min(wide, width / scale))
+        top, left = (tall - part[0]) / 2, (wide - part[1]) / 2
+        return _scaled(pixels, height, width, (left, top, left + part[1], top + part[0]))
+    scale = min(height / tall, width / wide)
+    inner = min(height, max(1, round(tall * scale))), min(width, max(1, round(wide * scale)))
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    framed = np.zeros((height, width, *pixels.shape[2:]), np.uint8)
+    framed[top : top + inner[0], left : left + inner[1]] = _scaled(pixels, *inner, None)
+    return framed
 
 
 def checked_size(image_size: Any) -> tuple[int, int] | None:
@@ -164,23 +193,79 @@ def checked_size(image_size: Any) -> tuple[int, int] | None:
     return sides[0], sides[1]
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """A path for a message: bytes that are not valid UTF-8 are escaped, so that printing it never fails."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _allocate(name: str, shape: tuple[int, ...]) -> Pixels:
-    try:
-        return np.empty(shape, np.uint8)
-    except MemoryError:
-        gigabytes = math.prod(shape) / 1e9
-        raise BadData(f"{name}: the images need {gigabytes:.0f} GB of memory; pass a smaller image_size=") from None
+class _TooLarge(Exception):
+    """More pixels than `PIXEL_LIMIT`."""
 
 
-def _from_16_bit(values: NDArray[np.int64]) -> Pixels:
+def _check_extent(height: int, width: int) -> None:
+    if height * width > PIXEL_LIMIT:
+        raise _TooLarge(f"{width} x {height}")
+
+
+def _unreadable(path: Path, error: Exception) -> BadData:
+    where = shown(path)
+    if isinstance(error, (_TooLarge, Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return BadData(f"{where}: larger than {PIXEL_LIMIT} pixels ({error}); shrink it first")
+    # Some decoders report the in-memory file by its address, which says nothing and differs each time.
+    told = "cannot identify image file" if "BytesIO" in str(error) else str(error)
+    return BadData(f"{where}: not a readable image ({told}); replace or remove the file")
+
+
+def _is_array(path: Path) -> bool:
+    return path.suffix.lower() == ARRAY
+
+
+def _array_header(content: bytes) -> tuple[tuple[int, ...], bool, int]:
+    """Shape, column order and place of the pixels, judged before anything is allocated by them."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"a .npy file of version {version}; save it with numpy.save")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_column, dtype = read(file)
+    if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"an array of {dtype} {shape}; give uint8 (H, W) or (H, W, C)")
+    _check_extent(shape[0], shape[1])
+    if len(content) - file.tell() != math.prod(shape):
+        raise ValueError(f"{len(content) - file.tell()} bytes of pixels where the header says {math.prod(shape)}")
+    return shape, by_column, file.tell()
+
+
+def _read_array(content: bytes) -> Pixels:
+    shape, by_column, start = _array_header(content)
+    array = np.frombuffer(content, np.uint8, offset=start).reshape(shape, order="F" if by_column else "C")
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+
+
+def _stored_extent(image: Image.Image) -> tuple[int, int]:
+    """Width and height as stored. For TIFF, versions of Pillow differ on whether the size is of the turned image."""
+    tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
+    return image.size if tags is None else (int(tags[256]), int(tags[257]))
+
+
+def _orientation(image: Image.Image, content: bytes) -> int:
+    """The EXIF orientation. Pillow decodes a whole PNG to look for one behind the pixels: only where it may be."""
+    if image.format == "PNG" and not any(mark in content for mark in _PNG_EXIF):
+        return 1
+    return int(image.getexif().get(0x0112, 1))
+
+
+def _scaled(pixels: Pixels, height: int, width: int, box: tuple[float, float, float, float] | None) -> Pixels:
+    if pixels.ndim == 3 and pixels.shape[2] != 3:  # Pillow has no images of this many channels
+        planes = [_scaled(np.ascontiguousarray(pixels[..., c]), height, width, box) for c in range(pixels.shape[2])]
+        return np.stack(planes, axis=-1)
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC, box=box))
+
+
+def _from_16_bit(values: NDArray[Any]) -> Pixels:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("integer pixels beyond 16 bits have no agreed range; save it with 8 or 16 bits")
-    return ((values + 128) // 257).astype(np.uint8)
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _on_black(pixels: Pixels) -> Pixels:
@@ -188,9 +273,3 @@ def _on_black(pixels: Pixels) -> Pixels:
     wide = pixels.astype(np.uint16)
     flat = ((wide[..., :-1] * wide[..., -1:] + 127) // 255).astype(np.uint8)
     return flat[..., 0] if flat.shape[-1] == 1 else flat
-
-
-def _mixed(sizes: Counter[tuple[int, int]]) -> str:
-    common = ", ".join(f"{height}x{width} ({count})" for (height, width), count in sizes.most_common(5))
-    rest = f" and {len(sizes) - 5} other sizes" if len(sizes) > 5 else ""
-    return f"images have mixed sizes, height x width: {common}{rest}; pass image_size= to resize them all"

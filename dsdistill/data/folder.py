@@ -1,60 +1,72 @@
 """Folders of images: one sub-folder per class, with or without ``train/`` and ``test/`` above them."""
 
 import logging
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 
+from dsdistill.data.cache import ensure_cached
 from dsdistill.data.checks import require_same_classes, some, stratified
-from dsdistill.data.decode import EXTENSIONS, check_files, checked_size, read_files, shown
-from dsdistill.data.source import ImageSource
+from dsdistill.data.decode import Rule, probe, read_bytes, shown
+from dsdistill.data.listing import Listing, class_folders, list_images
+from dsdistill.data.normalize import Normalization
+from dsdistill.data.read import BadImages, check_files, other_size, read_files
+from dsdistill.data.source import ImageSource, Skipped
 from dsdistill.errors import BadData, InvalidSetting
+
+Storage = Literal["auto", "memory", "cache"]
+
+MEMORY_LIMIT = 2**30
+"""Bytes of decoded images, counted as colour, up to which storage="auto" keeps them in memory."""
 
 logger = logging.getLogger("dsdistill")
 
 
 @dataclass(frozen=True)
-class _Listing:
-    """Image files of one split, class after class."""
+class Reading:
+    """How files become a source.
 
-    classes: tuple[str, ...]
-    counts: tuple[int, ...]
-    files: tuple[Path, ...]
+    Attributes:
+        rule: size and resize policy.
+        storage: "memory" decodes the train split into memory now and the test split when it is used; "cache" decodes
+            both into files of `dsdistill.data.cache` and reads from there; "auto" takes the cache for more than
+            `MEMORY_LIMIT` bytes.
+        bad_images: what to do with files that cannot be decoded. Those left out are listed in ``source.skipped``,
+            those of the test split in ``source.test.skipped``.
+    """
 
-    def chosen(self, indices: torch.Tensor) -> "_Listing":
-        """The files at ascending indices."""
-        targets = self.targets()[indices]
-        counts = torch.bincount(targets, minlength=len(self.classes)).tolist()
-        return _Listing(self.classes, tuple(counts), tuple(self.files[index] for index in indices.tolist()))
+    rule: Rule = Rule()
+    storage: Storage = "auto"
+    bad_images: BadImages = BadImages()
 
-    def targets(self) -> torch.Tensor:
-        """int64 (N,)."""
-        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+    def __post_init__(self) -> None:
+        if self.storage not in get_args(Storage):
+            raise InvalidSetting("storage", self.storage, f"choose one of {', '.join(get_args(Storage))}")
 
 
 def load_folder(
     path: str | Path,
+    reading: Reading = Reading(),
     *,
-    image_size: int | tuple[int, int] | None = None,
     holdout: float = 0.2,
     holdout_seed: int = 0,
     mirror_safe: bool = True,
 ) -> ImageSource:
-    """Read a folder of images as uint8 on the CPU.
+    """Read a folder of images as uint8, into memory or into a cache on the disk.
 
     Two layouts: ``train/CLASS/*`` with ``test/CLASS/*`` or ``val/CLASS/*`` (``test/`` when both are there), or
     ``CLASS/*`` alone, or under ``train/`` alone; then a seeded part of each class is held out as the test split.
     Classes are the names of the class folders, sorted; images are found at any depth below them; names that
-    start with a dot are ignored. How files become pixels: see `dsdistill.data.decode`. Files of the test
-    split are checked, but decoded into memory only when it is first used. Statistics are measured on the train split.
+    start with a dot are ignored. How files become pixels: see `dsdistill.data.decode`. Files of the test split are
+    checked now, but opened only when it is first used. Statistics are measured on the train split. Where the images
+    are kept changes neither them nor what is drawn.
 
     Args:
         path: the folder.
-        image_size: (height, width) in pixels, or one int for both: every whole frame is stretched to it.
+        reading: size and resize policy, where the images are kept, what becomes of files that cannot be decoded.
         holdout: share of each class held out when the folder has no test split, above 0 and below 1.
         holdout_seed: seed of that choice.
         mirror_safe: False when a left-right flip may change the class.
@@ -62,87 +74,116 @@ def load_folder(
     Raises:
         BadData: the folder or an image is missing, empty, unreadable or corrupt, sizes are mixed, or the classes
             of the test split differ; names the file or folder.
-        InvalidSetting: image_size, holdout or holdout_seed out of range.
+        InvalidSetting: an argument out of range.
+        OutOfSpace: the disk cannot hold the cache.
     """
     root = Path(path).expanduser()
-    size = checked_size(image_size)
     train, test = _splits(root, holdout, holdout_seed)
     name = shown(Path(root.resolve().name))
-    images = read_files(shown(root), train.files, size)
+    return load_listings(name, shown(root), train, test, reading, mirror_safe=mirror_safe)
+
+
+def load_listings(
+    name: str,
+    where: str,
+    train: Listing,
+    test: Listing,
+    reading: Reading = Reading(),
+    *,
+    mirror_safe: bool = True,
+    normalization: Normalization | None = None,
+) -> ImageSource:
+    """Read image files that are listed already.
+
+    Args:
+        name: of the source.
+        where: what to call the place of the files in messages.
+        train: files of the train split.
+        test: files of the test split, of the same classes.
+        reading: how.
+        mirror_safe: False when a left-right flip may change the class.
+        normalization: measured on the train split when None.
+
+    Raises:
+        BadData: see `load_folder`.
+    """
+    load = _through_cache if _is_cached(train, test, reading) else _into_memory
+    source = load(name, where, train, test, reading, mirror_safe)
+    if source.skipped:
+        logger.warning("%s: the paths of files left out are in source.skipped", name)
+    channels, height, width = source.shape
+    logger.info("%s: %d classes, %d x %d pixels, %d channels", name, source.num_classes, height, width, channels)
+    return source if normalization is None else source.normalized_by(normalization)
+
+
+def _is_cached(train: Listing, test: Listing, reading: Reading) -> bool:
+    if reading.storage != "auto":
+        return reading.storage == "cache"
+    for path in train.paths:
+        try:
+            height, width, channels = probe(path, read_bytes(path))
+        except BadData:  # whoever reads it in earnest will say so
+            continue
+        height, width = reading.rule.size or (height, width)
+        return (len(train) + len(test)) * height * width * max(3, channels) > MEMORY_LIMIT
+    return False
+
+
+def _through_cache(
+    name: str, where: str, train: Listing, test: Listing, reading: Reading, mirror_safe: bool
+) -> ImageSource:
+    kept = ensure_cached(where, train, reading.rule, bad_images=reading.bad_images)
+    channels, height, width = kept.image_shape
+    title = f"{where} (test split)"
+    held = ensure_cached(title, test, reading.rule, channels=channels, bad_images=reading.bad_images)
+    if held.image_shape[1:] != (height, width):
+        raise BadData(f"{title}: {other_size(*held.image_shape[1:], (height, width))}")
+    return kept.open(name, mirror_safe=mirror_safe, open_test=partial(held.open, f"{name} (test)"))
+
+
+def _into_memory(
+    name: str, where: str, train: Listing, test: Listing, reading: Reading, mirror_safe: bool
+) -> ImageSource:
+    images, places, skipped = read_files(where, train.paths, reading.rule, bad_images=reading.bad_images)
+    targets = train.targets_at(where, torch.tensor(places))
     channels, height, width = images.shape[1:]
-    check_files(test.files, size, (height, width))
+    title = f"{where} (test split)"
+    bad = check_files(title, test.paths, reading.rule, (height, width), reading.bad_images)
     # Checked, but not kept: the test split comes into memory when it is opened, in the form of the train split.
-    opener = partial(_open, name, shown(root), test, size, channels)
-    logger.info("%s: %d classes, %d x %d pixels, %d channels", name, len(train.classes), height, width, channels)
-    return ImageSource(name, train.classes, images, train.targets(), mirror_safe=mirror_safe, open_test=opener)
+    if bad:
+        left_out = {entry.path for entry in bad}
+        good = torch.tensor([index for index, path in enumerate(test.paths) if path not in left_out])
+        test.targets_at(title, good)
+        test = test.chosen(good)
+    opener = partial(_open, f"{name} (test)", title, test, reading.rule, channels, bad)
+    return ImageSource(name, train.classes, images, targets, mirror_safe=mirror_safe, open_test=opener, skipped=skipped)
 
 
-def _open(name: str, where: str, listing: _Listing, size: tuple[int, int] | None, channels: int) -> ImageSource:
-    images = read_files(f"{where} (test split)", listing.files, size, channels)
-    return ImageSource(f"{name} (test)", listing.classes, images, listing.targets())
+def _open(
+    name: str, where: str, listing: Listing, rule: Rule, channels: int, skipped: tuple[Skipped, ...]
+) -> ImageSource:
+    images, _, _ = read_files(where, listing.paths, rule, channels)
+    return ImageSource(name, listing.classes, images, listing.targets(), skipped=skipped)
 
 
-def _splits(root: Path, holdout: float, holdout_seed: int) -> tuple[_Listing, _Listing]:
+def _splits(root: Path, holdout: float, holdout_seed: int) -> tuple[Listing, Listing]:
     if not 0 < holdout < 1:
         raise InvalidSetting("holdout", holdout, "the share of each class to hold out, above 0 and below 1")
-    folders = {entry.name: entry for entry in _folders(root)}
+    folders = {entry.name: entry for entry in class_folders(root)}
     tests = [name for name in ("test", "val") if name in folders]
     # A folder named "train" may also be a class (of vehicles): it is a split when splits or classes go with it.
-    if "train" in folders and (tests or _folders(folders["train"])):
-        train = _listing(folders["train"])
+    if "train" in folders and (tests or class_folders(folders["train"])):
+        train = list_images(folders["train"])
         if tests:
             others = sorted(set(folders) - {"train", tests[0]})
             unused = f"; not used: {some([f'{other}/' for other in others])}" if others else ""
             logger.info("%s: test split is %s/%s", shown(root), tests[0], unused)
-            test = _listing(folders[tests[0]])
+            test = list_images(folders[tests[0]])
             require_same_classes(shown(root), train.classes, test.classes)
             return train, test
         root = folders["train"]
-    everything = _listing(root)
+    everything = list_images(root)
     generator = torch.Generator().manual_seed(holdout_seed)
     kept, held = stratified(shown(root), everything.classes, everything.counts, holdout, generator)
-    logger.info("%s: no test split; %d of %d images held out", shown(root), len(held), len(everything.files))
+    logger.info("%s: no test split; %d of %d images held out", shown(root), len(held), len(everything))
     return everything.chosen(kept), everything.chosen(held)
-
-
-def _listing(root: Path) -> _Listing:
-    folders = _folders(root)
-    if not folders:
-        raise BadData(f"{shown(root)}: no class folders; put the images of each class into a folder of its own there")
-    files = [sorted(_images(folder)) for folder in folders]
-    empty = [shown(folder) for folder, found in zip(folders, files, strict=True) if not found]
-    if empty:
-        raise BadData(
-            f"no images in {some(empty)}; add images ({' '.join(sorted(EXTENSIONS))}) or remove the class folder"
-        )
-    return _Listing(
-        tuple(folder.name for folder in folders),
-        tuple(len(found) for found in files),
-        tuple(file for found in files for file in found),
-    )
-
-
-def _folders(root: Path) -> list[Path]:
-    """Visible folders in ``root``, sorted by name."""
-    try:
-        return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except FileNotFoundError:
-        raise BadData(f"{shown(root)}: no such folder; check the path") from None
-    except NotADirectoryError:
-        raise BadData(f"{shown(root)}: is a file; give the folder that holds the class folders") from None
-    except OSError as error:
-        raise BadData(f"{shown(root)}: cannot be read ({error.strerror}); check its permissions") from None
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    """Visible image files at any depth below a class folder; links to folders are not followed, they may loop."""
-
-    def refuse(error: OSError) -> None:
-        where = shown(Path(error.filename or folder))
-        raise BadData(f"{where}: cannot be read ({error.strerror}); check its permissions") from None
-
-    for parent, children, names in os.walk(folder, onerror=refuse):
-        children[:] = [child for child in children if not child.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                yield Path(parent, name)

@@ -1,33 +1,41 @@
-"""Standardisation of pixels: per channel, subtract the mean and divide by the standard deviation.
+"""Standardisation of pixels: per channel, subtract the mean and divide by the standard deviation; then ZCA, if any.
 
 One `Normalization` travels with the real images, their test split and every synthetic set made from them, so
 nobody has to type the constants twice.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsdistill.data.whitening import Whitening
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
 
-KIND = "standardize"
+KIND, ZCA_KIND = "standardize", "zca"
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of each channel, in units of the full pixel range [0, 1].
+    """Mean and standard deviation of each channel, in units of the full pixel range [0, 1], and optional whitening.
+
+    Attributes:
+        mean: subtracted from each channel.
+        std: divides each channel.
+        zca: applied to whole images after that; None for none. `whitened` fits it.
 
     Raises:
         InvalidSetting: lengths differ or are zero, a value is not finite, or a deviation is not positive.
+        ShapeMismatch: the whitening is of another number of channels.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    zca: Whitening | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", _numbers("Normalization.mean", self.mean))
@@ -39,6 +47,8 @@ class Normalization:
             raise InvalidSetting(
                 "Normalization.std", self.std, "every value must be positive (1 for a constant channel)"
             )
+        if self.zca is not None and self.zca.shape[0] != len(self.mean):
+            raise ShapeMismatch("whitened images", self.zca.shape, f"({len(self.mean)}, H, W), as many as the mean")
 
     @property
     def channels(self) -> int:
@@ -48,11 +58,11 @@ class Normalization:
     def standardize(self, images: Tensor) -> Tensor:
         """Standardise images (..., C, H, W): uint8 0..255, or float in [0, 1]; returns float32 of the same shape.
 
-        Bit-identical to torchvision's ``ToTensor`` and ``Normalize`` on every device: divide by 255, subtract
-        the mean, divide by the deviation, in this order.
+        Without whitening bit-identical to torchvision's ``ToTensor`` and ``Normalize`` on every device: divide by
+        255, subtract the mean, divide by the deviation, in this order. Whitening follows it.
 
         Raises:
-            ShapeMismatch: not C channels.
+            ShapeMismatch: not C channels, or not the size that the whitening was fitted on.
             BadData: another dtype.
         """
         self._check(images)
@@ -64,19 +74,21 @@ class Normalization:
             unit = images.to(torch.float32) / _constant((255.0,), images.device)
         else:
             raise BadData(f"images have dtype {images.dtype}; give uint8 (0..255) or float (0..1)")
-        return (unit - _constant(self.mean, images.device)) / _constant(self.std, images.device)
+        standardized = (unit - _constant(self.mean, images.device)) / _constant(self.std, images.device)
+        return standardized if self.zca is None else self.zca.whiten(standardized)
 
     def to_unit(self, images: Tensor) -> Tensor:
         """Back from standardised float (..., C, H, W) to the pixel range [0, 1], not clipped; differentiable.
 
         Raises:
-            ShapeMismatch: not C channels.
+            ShapeMismatch: not C channels, or not the size that the whitening was fitted on.
             BadData: not floating point.
         """
         self._check(images)
         if not images.is_floating_point():
             raise BadData(f"standardised images have dtype {images.dtype}; give a floating point tensor")
-        return images * _constant(self.std, images.device) + _constant(self.mean, images.device)
+        standardized = images if self.zca is None else self.zca.color(images)
+        return standardized * _constant(self.std, images.device) + _constant(self.mean, images.device)
 
     def to_uint8(self, images: Tensor) -> Tensor:
         """Standardised float (..., C, H, W) as uint8: inverse, clipped to 0..255, rounded to the nearest.
@@ -87,22 +99,41 @@ class Normalization:
         """
         return (self.to_unit(images) * 255).round().clamp(0, 255).to(torch.uint8)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON content; `from_json` is the inverse."""
-        return {"kind": KIND, "mean": list(self.mean), "std": list(self.std)}
+    def whitened(self, chunks: Iterable[Tensor], eps: float = 0.1) -> "Normalization":
+        """This standardisation followed by ZCA whitening fitted on uint8 images; see `Whitening.fit`.
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Normalization":
-        """Rebuild what `to_json` wrote.
+        Args:
+            chunks: uint8 (n, C, H, W), one after the other, so that they need not fit in memory together.
+            eps: added to the eigenvalues of the covariance.
 
         Raises:
-            BadData: another kind, or missing or invalid numbers.
+            BadData: fewer than two images, not uint8, mixed shapes or another number of channels.
+            InvalidSetting: eps is not positive, or images have too many pixels.
         """
-        if not isinstance(content, Mapping) or content.get("kind") != KIND:
-            kind = content.get("kind") if isinstance(content, Mapping) else content
-            raise BadData(f"normalization of kind {kind!r} is not known; this version reads {KIND!r}")
+        return replace(self, zca=Whitening.fit(chunks, self.mean, self.std, eps=eps))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON content; with `tensors` what `from_json` needs."""
+        plain: dict[str, Any] = {"kind": KIND, "mean": list(self.mean), "std": list(self.std)}
+        return plain if self.zca is None else plain | {"kind": ZCA_KIND, **self.zca.to_json()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors to save beside `to_json`: those of the whitening; empty without it."""
+        return {} if self.zca is None else self.zca.tensors()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> "Normalization":
+        """Rebuild what `to_json` and `tensors` wrote; other tensors are left alone.
+
+        Raises:
+            BadData: another kind, missing or invalid numbers, or matrices that do not match their digest.
+        """
+        kind = content.get("kind") if isinstance(content, Mapping) else content
+        if kind not in (KIND, ZCA_KIND):
+            raise BadData(f"normalization of kind {kind!r} is not known; this version reads {KIND!r} and {ZCA_KIND!r}")
+        zca = Whitening.from_json(content, tensors or {}) if kind == ZCA_KIND else None
         try:
-            return cls(content["mean"], content["std"])
+            return cls(content["mean"], content["std"], zca)
         except KeyError as error:
             raise BadData(f"normalization has no {error.args[0]!r}; it needs 'mean' and 'std'") from None
         except InvalidSetting as error:

@@ -1,16 +1,20 @@
-"""Labelled real images, resident as bytes on one device, and the ways to draw from them."""
+"""Labelled real images, kept as bytes on a device or in a file, and the ways to draw from them."""
 
 import copy
-import hashlib
-import json
+import io
+import pickle
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dsdistill.data import measure
 from dsdistill.data.checks import check_size, checked_counts, require_same_classes, stratified
+from dsdistill.data.draws import Plan, draw, make_plan
 from dsdistill.data.normalize import Normalization
+from dsdistill.data.store import PixelStore, ResidentPixels, not_resident
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
 
 _CLOSED = "the test split is closed during synthesis; only dsdistill.evaluate opens it"
@@ -24,33 +28,33 @@ class Batch(NamedTuple):
     targets: Tensor
 
 
-class _Plan(NamedTuple):
-    """Constant tensors of a draw of ``size`` images from each of K classes."""
+class Skipped(NamedTuple):
+    """A file that was left out, and why."""
 
-    starts: Tensor  # (K, 1) storage index of each class's first image
-    absent: Tensor | None  # (K, widest class): True beyond the end of a class; None when no class is shorter
-    kept: Tensor | None  # positions in the flattened (K, width) draw that are real; None when all are
-    longest: int
-    width: int
+    path: Path
+    reason: str
 
 
 class ImageSource:
-    """Labelled images of one shape, kept as uint8 on a device and sorted by class.
+    """Labelled images of one shape, kept as uint8 and sorted by class. Can be sent to another process.
 
     Args:
         name: what to call the data in messages and records.
         classes: class names in the order of their indices, all different.
-        images: uint8 (N, C, H, W). Kept without a copy when already sorted by class: do not change them afterwards.
+        images: uint8 (N, C, H, W), or a `PixelStore`. A tensor already sorted by class is kept without a copy: do
+            not change it afterwards.
         targets: integer class indices (N,).
         normalization: how pixels are standardised; measured on the images when None.
         mirror_safe: False when a left-right flip may change the class (digits).
         open_test: makes the test split; called once, on first use of `test`.
+        skipped: files that could not be decoded and were left out.
+        fingerprint: that of the images, where it was computed before.
 
     Attributes:
-        images: uint8 (N, C, H, W), class after class; within a class in the order given.
-        targets: int64 (N,), ascending.
+        store: the images, class after class; within a class in the order given.
+        targets: int64 (N,), ascending, on the device of the source.
         counts: images of each class.
-        offsets: K + 1 numbers; class c is ``images[offsets[c]:offsets[c + 1]]``.
+        offsets: K + 1 numbers; class c are the images ``offsets[c]`` to ``offsets[c + 1] - 1``.
 
     Raises:
         BadData: wrong dtype, a target that names no class, a class without images, repeated class names.
@@ -61,33 +65,40 @@ class ImageSource:
         self,
         name: str,
         classes: Sequence[str],
-        images: Tensor,
+        images: Tensor | PixelStore,
         targets: Tensor,
         *,
         normalization: Normalization | None = None,
         mirror_safe: bool = True,
         open_test: "Callable[[], ImageSource] | None" = None,
+        skipped: Sequence[Skipped] = (),
+        fingerprint: str | None = None,
     ) -> None:
         self.name, self.classes, self.mirror_safe = name, tuple(classes), mirror_safe
         self.counts = checked_counts(name, self.classes, images, targets)
-        targets = targets.to(images.device, torch.int64)
+        store = ResidentPixels(images) if isinstance(images, Tensor) else images
+        targets = targets.to(store.device, torch.int64)
         if bool((targets[1:] < targets[:-1]).any()):
             targets, order = torch.sort(targets, stable=True)
-            images = images[order]
-        self.images, self.targets = images.contiguous(), targets
+            store = store.subset(order)
+        self.store, self.targets, self.skipped = store, targets, tuple(skipped)
         starts = torch.tensor((0, *self.counts)).cumsum(0)
         self.offsets: tuple[int, ...] = tuple(starts.tolist())
-        self.normalization = Normalization.measure(images) if normalization is None else normalization
+        self.normalization = _measured(store) if normalization is None else normalization
         if self.normalization.channels != self.shape[0]:
-            raise ShapeMismatch(f"{name}: images", tuple(images.shape), f"(N, {self.normalization.channels}, H, W)")
+            raise ShapeMismatch(f"{name}: images", store.shape, f"(N, {self.normalization.channels}, H, W)")
         self._open_test = open_test if open_test is None or isinstance(open_test, _Once) else _Once(open_test)
         self._test: ImageSource | None = None
         self._closed = False
-        self._fingerprint: str | None = None
-        self._plans: dict[tuple[tuple[int, ...], int], _Plan] = {}
+        self._fingerprint = fingerprint
+        self._plans: dict[tuple[tuple[int, ...], int], Plan] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.store)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is drawn from and what opens the test split travel; constants and an opened split are made again.
+        return {**vars(self), "_plans": {}, "_test": None}
 
     def __repr__(self) -> str:
         test = "closed" if self._closed else "none" if not self.has_test else "opened" if self._test else "not opened"
@@ -95,19 +106,29 @@ class ImageSource:
         return (
             f"ImageSource(name={self.name!r}, images={len(self)}, shape={self.shape}, classes={self.classes!r}, "
             f"counts={self.counts}, normalization={self.normalization!r}, mirror_safe={self.mirror_safe}, "
-            f"device={str(self.device)!r}, test={test!r}, fingerprint={fingerprint!r})"
+            f"device={str(self.device)!r}, test={test!r}, fingerprint={fingerprint!r}, skipped={len(self.skipped)})"
         )
 
     @property
     def device(self) -> torch.device:
-        """Where the images are kept."""
-        return self.images.device
+        """Where the images are kept; of images in a file, where they are delivered."""
+        return self.store.device
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 (N, C, H, W), class after class, for sources that keep them in memory.
+
+        Raises:
+            BadData: the images are in a file, so that they need not fit in memory.
+        """
+        if not isinstance(self.store, ResidentPixels):
+            raise not_resident(self.name, self.store)
+        return self.store.images
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of every image."""
-        _, channels, height, width = self.images.shape
-        return channels, height, width
+        return self.store.shape[1:]
 
     @property
     def num_classes(self) -> int:
@@ -118,19 +139,16 @@ class ImageSource:
     def fingerprint(self) -> str:
         """sha256 of class names, shape, pixels and targets; the same on every device. Computed on first use."""
         if self._fingerprint is None:
-            header = {"classes": self.classes, "shape": tuple(self.images.shape)}
-            # JSON escapes everything outside ASCII, so names that are not valid UTF-8 hash too.
-            digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode("ascii") + b"\n")
-            for chunk in torch.split(self.images, 4096):
-                digest.update(chunk.cpu().numpy().tobytes())
-            digest.update(self.targets.cpu().numpy().astype("<i8").tobytes())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = measure.fingerprint(self.classes, self.store.shape, self.store.chunks(), self.targets)
         return self._fingerprint
 
     # Draws -------------------------------------------------------------------------------------------------
 
     def per_class(self, classes: Sequence[int], size: int, generator: torch.Generator) -> Batch:
-        """Draw ``size`` images of each class, uniformly and without replacement; no host synchronisation.
+        """Draw ``size`` images of each class, uniformly and without replacement.
+
+        Nothing waits for the device, unless the images are in a file or classes are huge (see
+        `dsdistill.data.draws`).
 
         Args:
             classes: class indices, each at most once.
@@ -150,13 +168,7 @@ class ImageSource:
     def per_class_indices(self, classes: Sequence[int], size: int, generator: torch.Generator) -> Tensor:
         """Storage indices (M,) of the draw that `per_class` makes with the same generator, to `gather` in parts."""
         self._check_generator(generator)
-        plan = self._plan(classes, size)
-        # Random keys, the smallest win: one call for all classes. A tie cannot draw an image twice.
-        keys = torch.rand(len(plan.starts), plan.longest, generator=generator, device=self.device)
-        if plan.absent is not None:
-            keys.masked_fill_(plan.absent, 2.0)
-        drawn = (keys.topk(plan.width, dim=1, largest=False).indices + plan.starts).flatten()
-        return drawn if plan.kept is None else drawn.index_select(0, plan.kept)
+        return draw(self._plan(classes, size), generator)
 
     def sizes_per_class(self, classes: Sequence[int], size: int) -> list[int]:
         """How many images `per_class` gives for each class: ``size``, or all of a smaller class."""
@@ -165,7 +177,7 @@ class ImageSource:
 
     def gather(self, indices: Tensor) -> Tensor:
         """Standardised float32 images (M, C, H, W) at int64 storage indices (M,) on the source's device."""
-        return self.normalization.standardize(self.images.index_select(0, indices))
+        return self.normalization.standardize(self.store.take(indices))
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """One pass over all images in batches of ``size``, the last one smaller; shuffled when a generator is given.
@@ -212,8 +224,8 @@ class ImageSource:
 
     def to(self, device: torch.device | str) -> "ImageSource":
         """The same source on another device; itself when it is there already."""
-        moved = self.images.to(device)
-        if moved is self.images:
+        moved = self.store.to(device)
+        if moved is self.store:
             return self
         other = self._derived(moved, self.targets)
         other._fingerprint = self._fingerprint
@@ -249,7 +261,7 @@ class ImageSource:
         low, high = int(chosen.min()), int(chosen.max())
         if low < 0 or high >= len(self):
             raise BadData(f"index {low if low < 0 else high} is not in {self.name}: use 0 to {len(self) - 1}")
-        return self._derived(self.images[chosen], self.targets[chosen])
+        return self._derived(self.store.subset(chosen.to(torch.int64)), self.targets[chosen])
 
     def split(self, fraction: float, generator: torch.Generator) -> "tuple[ImageSource, ImageSource]":
         """Hold out a random ``fraction`` of every class: (fit, held out), see `stratified`.
@@ -261,15 +273,16 @@ class ImageSource:
         kept, held = stratified(self.name, self.classes, self.counts, fraction, generator)
         return self.subset(kept), self.subset(held)
 
-    def _derived(self, images: Tensor, targets: Tensor) -> "ImageSource":
+    def _derived(self, store: PixelStore, targets: Tensor) -> "ImageSource":
         other = type(self)(
             self.name,
             self.classes,
-            images,
+            store,
             targets,
             normalization=self.normalization,
             mirror_safe=self.mirror_safe,
             open_test=self._open_test,
+            skipped=self.skipped,
         )
         other._closed = self._closed
         return other
@@ -283,14 +296,14 @@ class ImageSource:
         return adopted
 
     def _in_order(self, size: int) -> Iterator[Batch]:
-        for images, targets in zip(torch.split(self.images, size), torch.split(self.targets, size), strict=True):
+        for images, targets in zip(self.store.chunks(size), torch.split(self.targets, size), strict=True):
             yield Batch(self.normalization.standardize(images), targets.clone())
 
     def _shuffled(self, size: int, order: Tensor) -> Iterator[Batch]:
         for indices in torch.split(order, size):
             yield Batch(self.gather(indices), self.targets.index_select(0, indices))
 
-    def _plan(self, classes: Sequence[int], size: int) -> _Plan:
+    def _plan(self, classes: Sequence[int], size: int) -> Plan:
         key = (tuple(classes), size)
         if key not in self._plans:
             if len(self._plans) >= _MAX_PLANS:
@@ -298,20 +311,10 @@ class ImageSource:
             self._plans[key] = self._make_plan(self._checked_classes(classes), size)
         return self._plans[key]
 
-    def _make_plan(self, classes: tuple[int, ...], size: int) -> _Plan:
+    def _make_plan(self, classes: tuple[int, ...], size: int) -> Plan:
         check_size(size)
-        counts = torch.tensor([self.counts[index] for index in classes])[:, None]
-        longest = int(counts.max())
-        width = min(size, longest)
-        absent = torch.arange(longest) >= counts
-        kept = (torch.arange(width) < counts).flatten().nonzero().flatten()
-        return _Plan(
-            starts=torch.tensor([self.offsets[index] for index in classes], device=self.device)[:, None],
-            absent=absent.to(self.device) if bool(absent.any()) else None,
-            kept=kept.to(self.device) if len(kept) < width * len(classes) else None,
-            longest=longest,
-            width=width,
-        )
+        counts = [self.counts[index] for index in classes]
+        return make_plan(counts, [self.offsets[index] for index in classes], size, self.device)
 
     def _checked_classes(self, classes: Sequence[int]) -> tuple[int, ...]:
         chosen = tuple(classes)
@@ -336,3 +339,29 @@ class _Once:
         if self._result is None:
             self._result = self._function()
         return self._result
+
+    def __getstate__(self) -> dict[str, Any]:
+        try:
+            pickle.Pickler(_Nowhere()).dump(self._function)
+        except Exception as error:  # picklers and the objects in their way raise nearly anything
+            raise BadData(
+                f"the source cannot be sent to another process: what opens its test split cannot be pickled ({error}); "
+                "use a function and data sets defined in a module, or send source.train_only()"
+            ) from error
+        return {"_function": self._function, "_result": None}
+
+
+class _Nowhere(io.RawIOBase):
+    """Takes all bytes and keeps none."""
+
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+def _measured(store: PixelStore) -> Normalization:
+    if isinstance(store, ResidentPixels):
+        return Normalization.measure(store.images)
+    histograms = measure.Histograms(store.shape[1])
+    for _ in histograms.watching(store.chunks()):
+        pass
+    return histograms.normalization()

@@ -11,7 +11,11 @@ import torchvision.datasets as published
 from dsdistill.data import ImageSource, LoadRequest, Normalization, catalog, list_datasets, load, register_dataset
 from dsdistill.errors import BadData, DeviceUnavailable, InvalidSetting, UnknownName
 
-NAMES = ["cifar10", "cifar100", "digits", "fashion_mnist", "mnist", "svhn"]
+NAMES = [
+    "cifar10", "cifar100", "digits", "fashion_mnist", "imagenet_fruit", "imagenet_meow", "imagenet_nette",
+    "imagenet_squawk", "imagenet_woof", "imagenet_yellow", "imagenette", "imagewoof", "mnist", "stl10", "svhn",
+    "tiny_imagenet",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -57,6 +61,28 @@ def write_cifar(root, monkeypatch, classes=10):
     return folder
 
 
+def write_stl10(root, monkeypatch):
+    """Ten images of each split; columns before rows and labels from 1, as published. No unlabelled images."""
+    folder = root / "stl10_binary"
+    folder.mkdir()
+
+    def write(name, values):
+        (folder / name).write_bytes(values.astype(np.uint8).tobytes())
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def split(title, red):
+        pixels = np.zeros((10, 3, 96, 96))
+        pixels[:, 0] = red + np.arange(10)[:, None, None]
+        pixels[:, 1, 5, 3] = 7  # column 5, row 3
+        return [write(f"{title}_X.bin", pixels), write(f"{title}_y.bin", 1 + np.arange(10)[::-1])]
+
+    unlabelled = published.STL10.train_list[2]
+    assert unlabelled[0] == "unlabeled_X.bin"
+    monkeypatch.setattr(published.STL10, "train_list", [*split("train", 100), unlabelled])
+    monkeypatch.setattr(published.STL10, "test_list", split("test", 200))
+    return folder
+
+
 def test_names():
     assert list_datasets() == NAMES
 
@@ -91,6 +117,15 @@ def test_the_split_of_digits_is_a_function_of_holdout_and_seed():
     assert len(load("digits", holdout=0.5).test) == pytest.approx(898, abs=5)
     with pytest.raises(InvalidSetting, match=r"holdout = 1.5"):
         load("digits", holdout=1.5)
+
+
+def test_zca_whitens_what_was_loaded():
+    plain, source = load("digits"), load("digits", zca=True)
+    assert source.normalization == source.test.normalization == plain.normalization.whitened([plain.images])
+    pixels = torch.cat([batch.images for batch in source.batches(500)]).double().flatten(1)
+    assert torch.linalg.eigvalsh(pixels.T.cov()).max() == pytest.approx(1, abs=0.05)
+    assert torch.equal(source.normalization.to_uint8(source.gather(torch.arange(9))), plain.images[:9])
+    assert load(plain, zca=True).normalization == source.normalization
 
 
 # Published data sets -------------------------------------------------------------------------------------
@@ -135,6 +170,23 @@ def test_cifar_files(tmp_path, monkeypatch, classes):
     }
     assert source.normalization == expected[classes]
     assert source.mirror_safe is True
+
+
+def test_stl10_files(tmp_path, monkeypatch):
+    folder = write_stl10(tmp_path, monkeypatch)
+    source = load("STL-10", root=tmp_path)
+    assert source.shape == source.test.shape == (3, 96, 96)
+    assert source.classes == ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
+    assert source.images[:, 0, 0, 0].tolist() == list(range(109, 99, -1))
+    assert source.test.images[:, 0, 0, 0].tolist() == list(range(209, 199, -1))
+    assert (source.images[:, 1] > 0).nonzero().tolist() == [[index, 3, 5] for index in range(10)]
+    assert source.mirror_safe is True
+    expected = Normalization((0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713))
+    assert source.normalization == source.test.normalization == expected
+    content = (folder / "test_X.bin").read_bytes()
+    (folder / "test_X.bin").write_bytes(content[:-1] + b"!")
+    with pytest.raises(BadData, match=r"stl10: the files in .* are damaged or incomplete \(.*corrupted"):
+        load("stl10", root=tmp_path)
 
 
 def test_an_altered_cifar_pickle_is_refused_before_it_is_opened(tmp_path, monkeypatch):
@@ -198,7 +250,7 @@ def test_a_failed_download_says_so(tmp_path, monkeypatch):
         load("cifar10", root=tmp_path, download=True)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "stl10"])
 def test_missing_files_are_named_with_the_mend(tmp_path, monkeypatch, name):
     with pytest.raises(BadData, match=rf"{name}: .* not found in {tmp_path}/none; .*download=True"):
         load(name, root=tmp_path / "none")

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from dsdistill.data import Normalization, load
-from dsdistill.data.folder import load_folder
+from dsdistill.data.decode import Rule
+from dsdistill.data.folder import Reading, load_folder
 from dsdistill.errors import BadData, InvalidSetting
 
 
@@ -18,6 +19,10 @@ def fill(root, layout, size=(4, 3), mode="L"):
         for index, shade in enumerate(shades):
             Image.new(mode, size, shade if mode == "L" else (shade, 0, 0)).save(root / folder / f"{index:03}.png")
     return root
+
+
+def sized(height, width=None, **options):
+    return Reading(Rule((height, width or height)), **options)
 
 
 def shades(source):
@@ -77,7 +82,7 @@ def test_a_broken_test_image_is_found_at_once_though_the_split_is_opened_later(t
 def test_the_test_split_takes_channels_and_size_from_the_train_split(tmp_path):
     root = fill(tmp_path, {"train/a": [1]}, mode="RGB")
     fill(root, {"test/a": [2]}, size=(9, 9))
-    assert load_folder(root, image_size=(5, 6)).test.images.tolist() == [[[[2] * 6] * 5] * 3]
+    assert load_folder(root, sized(5, 6)).test.images.tolist() == [[[[2] * 6] * 5] * 3]
     with pytest.raises(BadData, match=r"a/000.png: 9 x 9 pixels where the training images have 3 x 4; .*image_size"):
         load_folder(root)
     grey = fill(tmp_path / "grey", {"train/a": [1]})
@@ -113,7 +118,7 @@ def test_names_with_spaces_emoji_and_broken_utf8(tmp_path):
 def test_load_takes_paths_and_passes_everything_on(tmp_path, monkeypatch):
     root = fill(tmp_path / "pets", {"a": range(4), "b": range(10, 14)})
     monkeypatch.chdir(tmp_path)
-    expected = load_folder(root, image_size=2, holdout=0.5, holdout_seed=3)
+    expected = load_folder(root, sized(2), holdout=0.5, holdout_seed=3)
     for path in (root, str(root), "./pets", "pets"):
         source = load(path, image_size=2, holdout=0.5, holdout_seed=3, mirror_safe=False)
         assert (source.fingerprint, source.test.fingerprint) == (expected.fingerprint, expected.test.fingerprint)
@@ -174,18 +179,21 @@ def test_mixed_sizes_name_the_mend_and_a_corrupt_file_is_named(tmp_path):
     fill(root, {"train/b": [1], "test/b": [1]}, size=(5, 5))
     with pytest.raises(BadData, match=r"mixed sizes, height x width: 3x4 \(1\), 5x5 \(1\); pass image_size="):
         load_folder(root)
-    assert load_folder(root, image_size=4).shape == (1, 4, 4)
+    assert load_folder(root, sized(4)).shape == (1, 4, 4)
     (root / "train/b/001.jpg").write_bytes(b"text")
     with pytest.raises(BadData, match=r"001.jpg: not a readable image"):
-        load_folder(root, image_size=4)
+        load_folder(root, sized(4))
 
 
 def test_settings_are_checked_first(tmp_path):
     for holdout in (0.0, 1.0, float("nan")):
         with pytest.raises(InvalidSetting, match=r"holdout = .* above 0 and below 1"):
             load_folder(tmp_path, holdout=holdout)
-    with pytest.raises(InvalidSetting, match="image_size = 0"):
-        load_folder(tmp_path, image_size=0)
+    for option, value in (("image_size", 0), ("resize", "bend"), ("storage", "cloud"), ("on_bad_image", "hide")):
+        with pytest.raises(InvalidSetting, match=f"{option} = "):
+            load(tmp_path, **{option: value})
+    with pytest.raises(InvalidSetting, match=r"max_skipped = 1\.5"):
+        load(tmp_path, max_skipped=1.5)
 
 
 def test_pixels_arrive_unchanged(tmp_path):

@@ -75,13 +75,15 @@ def test_json_round_trip():
     written = json.loads(json.dumps(CIFAR.to_json()))
     assert written == {"kind": "standardize", "mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]}
     assert Normalization.from_json(written) == CIFAR
+    assert CIFAR.tensors() == {}
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"kind": "zca", "mean": [0], "std": [1]}, "kind 'zca' is not known"),
+        ({"kind": "pca", "mean": [0], "std": [1]}, "kind 'pca' is not known"),
         ([1], r"kind \[1\] is not known"),
+        ({"kind": "zca", "mean": [0], "std": [1]}, "whitening matrices are missing"),
         ({"kind": "standardize", "mean": [0.0]}, "no 'std'"),
         ({"kind": "standardize", "mean": [0.0], "std": [0.0]}, "positive"),
         ({"kind": "standardize", "mean": ["a"], "std": [1.0]}, "every value must be a number"),

@@ -1,11 +1,15 @@
 import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsdistill.data import Batch, ImageSource, Normalization
+from dsdistill.data import Batch, ImageSource, Normalization, draws
+from dsdistill.data.source import Skipped
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
 
 COUNTS = (5, 2, 9)
@@ -387,3 +391,142 @@ def test_what_does_not_fit_together_is_refused(classes, images, targets, message
 def test_statistics_of_another_number_of_channels_are_refused():
     with pytest.raises(ShapeMismatch, match=r"expected \(N, 3, H, W\)"):
         ImageSource("toy", "ab", PIXELS, LABELS, normalization=Normalization((0.0,) * 3, (1.0,) * 3))
+
+
+# Huge classes --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crowded(monkeypatch):
+    """Every draw counts as one that would need too many keys."""
+    monkeypatch.setattr(draws, "MAX_KEYS", 0)
+
+
+def sized(*counts):
+    return ImageSource(
+        "sized",
+        [str(index) for index in range(len(counts))],
+        torch.zeros(sum(counts), 1, 1, 1, dtype=torch.uint8),
+        torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)),
+        normalization=IDENTITY,
+    )
+
+
+def chi_square(seen, draws_made):
+    expected = draws_made / len(seen)
+    return sum((count - expected) ** 2 / expected for count in seen.values())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_every_ordered_pair_of_a_huge_class_is_equally_likely(crowded, reverse):
+    # 9 images, draws of 2 (huge: more than 4 times as many): 72 ordered pairs, 14400 draws. The chi-square with 71
+    # degrees of freedom exceeds 112 once in a thousand; the seed is fixed.
+    source, stream = sized(3, 9), generator(1)
+    seen = dict.fromkeys(itertools.permutations(range(3, 12), 2), 0)
+    small = dict.fromkeys(itertools.permutations(range(3), 2), 0)
+    for _ in range(14400):
+        drawn = source.per_class_indices([1, 0] if reverse else [0, 1], 2, stream).tolist()
+        few, many = (drawn[2:], drawn[:2]) if reverse else (drawn[:2], drawn[2:])
+        seen[tuple(many)] += 1
+        small[tuple(few)] += 1
+    assert chi_square(seen, 14400) < 112
+    assert chi_square(small, 14400) < 20.5  # 5 degrees of freedom
+
+
+def test_where_repeated_values_leave_too_few_more_are_drawn(monkeypatch):
+    # Among the first 4 values of a class only one differs: those of the second call are needed, and follow them.
+    calls = iter([torch.tensor([[5, 5, 5, 5], [1, 2, 3, 4]]), torch.tensor([[5, 7, 8, 5], [9, 9, 9, 9]])])
+    monkeypatch.setattr(draws.torch, "randint", lambda *_, **__: next(calls))
+    drawn = draws._by_indices(torch.tensor([[10], [10]]), 2, generator())
+    assert drawn.tolist() == [[5, 7], [1, 2]]
+
+
+def test_keys_are_bounded_where_classes_are_huge(monkeypatch):
+    asked = []
+    rand = torch.rand
+    monkeypatch.setattr(draws.torch, "rand", lambda *shape, **rest: asked.append(shape) or rand(*shape, **rest))
+    source = sized(3_000_000, 5, 3_000_000, 40)
+    drawn = source.per_class_indices([0, 1, 2, 3], 10, generator())
+    assert asked == [(2, 40)]
+    assert len(set(drawn.tolist())) == len(drawn) == 35
+    assert drawn[10:15].sort().values.tolist() == list(range(3_000_000, 3_000_005))
+    source.per_class_indices([0], 10, generator())
+    assert asked[1:] == [(1, 3_000_000)]  # as ever below the limit, 2^22 keys
+
+
+def test_draws_of_normal_classes_stay_what_they_were():
+    assert numbered().per_class_indices([2, 0, 1], 4, generator(3)).tolist() == [7, 10, 12, 8, 3, 4, 1, 2, 5, 6]
+    assert draws.make_plan([5000] * 100, range(100), 256, torch.device("cpu")).huge is None
+
+
+some_counts = st.lists(st.integers(1, 40), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(counts=some_counts, size=st.integers(1, 50), seed=st.integers(0, 2**32), keys=st.sampled_from([0, 60, 2**22]),
+       data=st.data())  # fmt: skip
+def test_each_class_gives_distinct_images_of_its_own(counts, size, seed, keys, data):
+    source = sized(*counts)
+    classes = data.draw(st.permutations(range(len(counts))).flatmap(lambda order: st.integers(1, len(order)).map(
+        lambda length: list(order)[:length])))  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draws, "MAX_KEYS", keys)
+        drawn = source.per_class_indices(classes, size, generator(seed)).tolist()
+        again = sized(*counts).per_class_indices(classes, size, generator(seed)).tolist()
+    assert drawn == again
+    expected = [min(size, counts[index]) for index in classes]
+    assert source.sizes_per_class(classes, size) == expected
+    parts = torch.tensor(drawn).split(expected)
+    for index, part in zip(classes, parts, strict=True):
+        assert len(set(part.tolist())) == len(part)
+        assert all(source.offsets[index] <= place < source.offsets[index + 1] for place in part.tolist())
+
+
+@settings(max_examples=100, deadline=None)
+@given(counts=some_counts, size=st.integers(1, 50), fewer=st.integers(1, 50), seed=st.integers(0, 2**32))
+def test_a_smaller_draw_is_the_beginning_of_a_larger_one(counts, size, fewer, seed):
+    source, classes = sized(*counts), range(len(counts))
+    few, many = (
+        source.per_class_indices(classes, number, generator(seed)).split(source.sizes_per_class(classes, number))
+        for number in sorted((size, fewer))
+    )
+    assert all(torch.equal(first, part[: len(first)]) for first, part in zip(few, many, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=st.integers(1, 60), size=st.integers(1, 70), seed=st.one_of(st.none(), st.integers(0, 2**32)))
+def test_a_pass_shows_every_image_once(count, size, seed):
+    source = ImageSource(
+        "pass",
+        "a",
+        torch.arange(count, dtype=torch.uint8).view(-1, 1, 1, 1),
+        torch.zeros(count, dtype=torch.int64),
+        normalization=IDENTITY,
+    )
+    parts = list(source.batches(size, None if seed is None else generator(seed)))
+    assert [len(part.images) for part in parts] == [size] * (count // size) + [count % size] * (count % size > 0)
+    assert sorted(values(torch.cat([part.images for part in parts]))) == list(range(count))
+
+
+# Other processes -----------------------------------------------------------------------------------------
+
+
+def test_a_source_and_its_test_split_can_be_sent_to_another_process():
+    opener = Opener()
+    source = numbered(open_test=opener, mirror_safe=False, skipped=[Skipped(Path("a.png"), "broken")])
+    source.per_class([0, 1], 2, generator())
+    for opened in (False, True):
+        copied = pickle.loads(pickle.dumps(source))  # noqa: S301
+        assert torch.equal(copied.images, source.images)
+        assert (copied.fingerprint, copied.skipped) == (source.fingerprint, source.skipped)
+        assert torch.equal(copied.per_class([2], 3, generator()).images, source.per_class([2], 3, generator()).images)
+        assert copied.test.fingerprint == source.test.fingerprint
+        assert copied.test.mirror_safe is False
+        assert opened or opener.calls == 1
+
+
+def test_what_cannot_be_sent_says_so_and_how_to_do_without():
+    source = numbered(open_test=lambda: numbered())
+    with pytest.raises(BadData, match=r"its test split cannot be pickled .*lambda.*; .*or send source.train_only\(\)"):
+        pickle.dumps(source)
+    assert pickle.loads(pickle.dumps(source.train_only())).fingerprint == source.fingerprint  # noqa: S301
