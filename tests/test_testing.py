@@ -348,12 +348,12 @@ class Brighter(Pixels):
 
 @dataclass(frozen=True, kw_only=True)
 class Mislabelled(Sound):
-    form: ClassVar[type[Pixels]] = Brighter
+    made_of: ClassVar[type[Pixels]] = Brighter
     iterations: int = 0
 
     def start(self, run, job):
         state = super().start(run, job)
-        return replace(state, images=type(self).form(state.images.pixels))
+        return replace(state, images=type(self).made_of(state.images.pixels))
 
 
 def test_a_saved_set_must_decode_as_before():

@@ -1,5 +1,7 @@
 """The one place that turns a device argument into a `torch.device`."""
 
+import gc
+
 import torch
 
 from dsdistill.errors import DeviceUnavailable
@@ -65,6 +67,32 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device: torch has a class of its own for CUDA only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a failed attempt left behind."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: on a CUDA device, else in the main memory as the system sees it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def synchronize(device: torch.device) -> None:

@@ -5,10 +5,12 @@ a temporary name beside its target, flushed to the disk and renamed. A folder of
 manifest, a JSON file written last, which carries the sha256 of every other file and of itself.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Mapping
@@ -20,14 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dsdistill.errors import BadArtifact, OutputConflict
+from dsdistill.errors import BadArtifact, OutOfSpace, OutputConflict
 
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
+"""What the system says when a disk or a quota is full."""
 _TEMPORARY = ".tmp-"
 _MANIFEST_LIMIT = 64 * 2**20
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: temporary name, fsync, rename, fsync of the folder; mode as the umask says."""
+    """Write a file atomically: temporary name, fsync, rename, fsync of the folder; mode as the umask says.
+
+    Raises:
+        OutOfSpace: the disk or the quota is full; what was there before is untouched.
+    """
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
     try:
         with temporary.open("xb") as file:
@@ -35,10 +43,28 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OutOfSpace(path, len(data), free_space(path.parent)) from error
         raise
     fsync_folder(path.parent)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free for us on the disk that holds ``folder``."""
+    return shutil.disk_usage(folder).free
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing ``needed`` bytes into an existing folder on a disk that lacks them.
+
+    Raises:
+        OutOfSpace: naming folder, needed and free bytes.
+    """
+    free = free_space(folder)
+    if needed > free:
+        raise OutOfSpace(folder, needed, free)
 
 
 def write_json(path: Path, content: Any) -> None:

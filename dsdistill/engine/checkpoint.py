@@ -34,6 +34,16 @@ def capture(state: State) -> dict[str, Any]:
     return storage.unflatten({name: tensor.detach().clone() for name, tensor in tensors.items()}, skeleton)  # type: ignore[no-any-return]
 
 
+def nbytes(state: State) -> int:
+    """Bytes of a checkpoint of ``state``; an optimiser that has made no step yet counts as two moments per value."""
+    content = [state.images.state_dict(), state.labels.state_dict(), *map(_content, state.extras.values())]
+    for optimizer in state.optimizers.values():
+        values = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        content.append(optimizer.state_dict() if optimizer.state else [*values, *values])
+    tensors, _ = storage.flatten(_plain(content))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 @torch.no_grad()
 def restore(state: State, tree: Mapping[str, Any]) -> None:
     """Put a captured tree back into a state of the same make."""
@@ -83,7 +93,7 @@ def read_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     steps = _steps(folder)
     for step in reversed(steps):
         try:
-            return _read(step)
+            return read(step)
         except BadArtifact as error:
             problem = error
             logger.warning("checkpoint %s is discarded: %s", step.name, error)
@@ -92,7 +102,12 @@ def read_newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
     return None
 
 
-def _read(step: Path) -> tuple[int, dict[str, Any]]:
+def read(step: Path) -> tuple[int, dict[str, Any]]:
+    """One checkpoint: finished iterations, captured tree on the CPU.
+
+    Raises:
+        BadArtifact: incomplete, damaged, or of another version.
+    """
     meta = storage.read_manifest(step / _META)
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise BadArtifact(step, f"schema version {meta.get('schema_version')} is not {SCHEMA_VERSION}")

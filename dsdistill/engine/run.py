@@ -1,23 +1,25 @@
 """`synthesize`: run a method on real images, resumably, and return the set it made."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from dsdistill.core.config import to_dict
-from dsdistill.core.device import default_chunk, resolve_device, settle_allocator
+from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
 from dsdistill.engine.observe import Observer, StepEvent, StopRequest
 from dsdistill.engine.synthesizer import Job, Metrics, Run, State, Synthesizer
 from dsdistill.engine.workspace import Workspace
-from dsdistill.errors import Diverged, InvalidSetting, Stopped
-from dsdistill.synthetic import Recipe, SyntheticDataset
+from dsdistill.errors import DistillError, Diverged, InvalidSetting, OutOfMemory, Stopped
+from dsdistill.recipe import Recipe
+from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")
 Callback = Callable[[StepEvent], None]
@@ -52,8 +54,9 @@ def synthesize(
         overwrite: replace a run that ``out`` already holds.
         checkpoint_every: steps between checkpoints.
         keep: checkpoints kept.
-        chunk: images that pass a network at once, None for a size that suits device and image: lower it when
-            memory runs out. Changes results only by float rounding.
+        chunk: images that pass a network at once, None for a size that suits device and image. Changes results
+            only by float rounding. When memory runs out it is halved, the step is made again, and the set's notes
+            say so.
         progress: show a progress bar where standard error is a terminal.
         callback: called after each step.
 
@@ -61,26 +64,12 @@ def synthesize(
         BadData, InvalidSetting, DeviceUnavailable, OutputConflict, OutputLocked: before any work starts.
         Diverged: a loss or the state stopped being finite; the last good state is saved.
         Stopped: a signal ended the run after its state was saved (only with ``out``).
+        OutOfMemory: even with one image at a time. OutOfSpace: the disk is, or would become, full.
         BadArtifact: every checkpoint of the interrupted run is damaged.
     """
-    resolved = resolve_device(device)
-    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep), ("chunk", chunk)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InvalidSetting(name, value, "an integer of at least 1")
-    if not isinstance(seed, int):
-        raise InvalidSetting("seed", seed, "an integer")
-    training = source.train_only()
-    method.check(training)
-    settle_allocator(resolved)
-    chunk = chunk or default_chunk(source.shape, resolved)
-    run = Run(
-        source=training.to(resolved),
-        device=resolved,
-        rng=Rng(seed, device=resolved),
-        classes=tuple(range(source.num_classes)),
-        chunk=chunk,
-        recipe=_recipe(method, source, seed, resolved, chunk),
-    )
+    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep)):
+        _require_count(name, value)
+    run = prepared_run(method, source, seed=seed, device=device, chunk=chunk)
     execution = Execution(method, run, checkpoint_every=checkpoint_every, progress=progress, callback=callback)
     if out is None:
         return execution()
@@ -93,6 +82,39 @@ def synthesize(
         result = execution()
         workspace.commit(result)
     return result
+
+
+def prepared_run(
+    method: Synthesizer,
+    source: ImageSource,
+    *,
+    seed: int,
+    device: str | torch.device | None,
+    chunk: int | None,
+) -> Run:
+    """What `synthesize` hands to the method, after every check that needs no work; arguments and errors as there."""
+    resolved = resolve_device(device)
+    if chunk is not None:
+        _require_count("chunk", chunk)
+    if not isinstance(seed, int):
+        raise InvalidSetting("seed", seed, "an integer")
+    training = source.train_only()
+    method.check(training)
+    settle_allocator(resolved)
+    chunk = chunk or default_chunk(source.shape, resolved)
+    return Run(
+        source=training.to(resolved),
+        device=resolved,
+        rng=Rng(seed, device=resolved),
+        classes=tuple(range(source.num_classes)),
+        chunk=chunk,
+        recipe=_recipe(method, source, seed, resolved, chunk),
+    )
+
+
+def _require_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise InvalidSetting(name, value, "an integer of at least 1")
 
 
 def _recipe(method: Synthesizer, source: ImageSource, seed: int, device: torch.device, chunk: int) -> Recipe:
@@ -121,14 +143,18 @@ class Execution:
     callback: Callback | None = None
     workspace: Workspace | None = None
     order: Callable[[Sequence[Job]], Sequence[Job]] = field(default=lambda jobs: jobs)
-    """In which order to run the jobs; the result does not depend on it, and the contract suite says so."""
+    """Which jobs to run, in which order; the result does not depend on the order, and the contract suite says so."""
+    limit: int | None = None
+    """Stop each job after this many steps, to learn what they cost."""
     observer: Observer = field(init=False)
     stop: StopRequest = field(init=False)
+    state: State = field(init=False)
+    """Of the job at work, or of the last one."""
 
     def __call__(self) -> SyntheticDataset:
         method, run = self.method, self.run
         self.stop = StopRequest(active=self.workspace is not None)
-        with isolated_global_rng(run.device), self.stop:
+        with isolated_global_rng(run.device), self.stop, self._explained():
             seed_global(run.rng.integer("global/prepare"), run.device)
             method.prepare(run)
             jobs = method.jobs(run)
@@ -143,7 +169,25 @@ class Execution:
                     parts[job.key] = self._part(job, alone=len(jobs) == 1)
             finally:
                 self.observer.close()
-        return _joined(run.recipe, [parts[job.key] for job in jobs])
+        return _joined(run.recipe, [parts[job.key] for job in jobs if job.key in parts])
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what to do when memory runs out where smaller chunks do not help."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(self.run, error) from error
+
+    def _out_of_memory(self, run: Run, error: BaseException) -> OutOfMemory:
+        sizes = {field.name for field in fields(self.method)} & {"ipc", "real_batch", "batch_size"}
+        knobs = f"Lower {' or '.join(sorted(sizes))}, take a smaller network" if sizes else "Take a smaller network"
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        return OutOfMemory(
+            type(self.method).__name__, run.chunk, problem, f"{knobs}, or run on a device with more memory."
+        )
 
     def _give_way(self, steps: int) -> None:
         """Stop here if a signal asked for it."""
@@ -163,18 +207,24 @@ class Execution:
     def _job(self, job: Job) -> SyntheticDataset:
         method, run = self.method, self.run.scoped(job)
         seed_global(run.rng.integer("global/start"), run.device)
-        state = method.start(run, job)
+        state = self.state = method.start(run, job)
         state.images.to(run.device)
         state.labels.to(run.device)
-        begin = self._resume(job, state)
-        watch = _Watch(self, run, job, state, begin)
-        for iteration in range(begin, method.steps):
-            seed_global(run.rng.integer("global/step", iteration), run.device)
-            watch.add(iteration, method.step(run, state, iteration))
-            done = iteration + 1
+        if self.workspace:
+            self.workspace.require_space(state)
+        done = self._resume(job, state)
+        watch = _Watch(self, run, job, state, done)
+        end = method.steps if self.limit is None else min(self.limit, method.steps)
+        while done < end:
+            metrics, failure = self._step(run, state, done)
+            if metrics is None:
+                run, done = self._shrunk(run, watch, failure)
+                continue
+            watch.add(done, metrics)
+            done += 1
             stopping = self.stop.signum is not None
-            save = stopping or (done % self.checkpoint_every == 0 and done < method.steps)
-            if save or done == method.steps or done % watch.read_every == 0:
+            save = stopping or (done % self.checkpoint_every == 0 and done < end)
+            if save or done == end or done % watch.read_every == 0:
                 watch.read()
             if save and self.workspace:
                 self.workspace.write_checkpoint(job, done, checkpoint.capture(state))
@@ -182,6 +232,28 @@ class Execution:
                 self._give_way(steps=done)
         seed_global(run.rng.integer("global/finish"), run.device)
         return method.finish(run, state)
+
+    def _step(self, run: Run, state: State, iteration: int) -> tuple[Metrics | None, BaseException | None]:
+        """One step's metrics, or what it said when memory ran out: kept without its frames, which hold tensors."""
+        seed_global(run.rng.integer("global/step", iteration), run.device)
+        try:
+            return self.method.step(run, state, iteration), None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or isinstance(error, DistillError):
+                raise
+            return None, error.with_traceback(None)
+
+    def _shrunk(self, run: Run, watch: "_Watch", failure: BaseException | None) -> tuple[Run, int]:
+        """The run with half the chunk, and the last step known to be good, whose state is restored."""
+        if run.chunk == 1:
+            raise self._out_of_memory(run, failure or MemoryError()) from failure
+        release_memory(run.device)
+        done, chunk = watch.rewind(), run.chunk // 2
+        note = f"memory ran out at iteration {done}: from there on {chunk} images passed the network at a time"
+        logger.warning("%s (%s)", note, failure)
+        recipe = replace(run.recipe, notes=(*run.recipe.notes, note))
+        self.run = replace(self.run, chunk=chunk)  # jobs to come need not find out again
+        return replace(run, chunk=chunk, recipe=recipe), done
 
     def _resume(self, job: Job, state: State) -> int:
         found = self.workspace.read_checkpoint(job) if self.workspace else None
@@ -233,6 +305,15 @@ class _Watch:
             self._diverged(last, "the updated state")
         self._good = (last + 1, {}, last_values)  # lets the old copy go before the new one is made
         self._good = (last + 1, checkpoint.capture(self._state), last_values)
+
+    def rewind(self) -> int:
+        """Back to the last good state; how many steps it has seen. Metrics not read yet are forgotten."""
+        done, tree, _ = self._good
+        self._pending.clear()
+        checkpoint.restore(self._state, tree)
+        for optimizer in self._state.optimizers.values():
+            optimizer.zero_grad()
+        return done
 
     def _diverged(self, iteration: int, culprit: str) -> NoReturn:
         done, tree, metrics = self._good

@@ -6,7 +6,7 @@ and from where it starts) and `Synthesizer.step` (the paper's inner page); the e
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -18,9 +18,10 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, UnknownName
 from dsdistill.labels import HardLabels, Labels
-from dsdistill.networks import NetworkSpec
-from dsdistill.parameterizations import Parameterization, Pixels
-from dsdistill.synthetic import Recipe, SyntheticDataset
+from dsdistill.networks import Need, NetworkSpec
+from dsdistill.parameterizations import Form, Parameterization, Plain
+from dsdistill.recipe import Recipe
+from dsdistill.synthetic import SyntheticDataset
 
 Metrics = Mapping[str, Tensor]
 """What a step reports: detached scalar tensors by name, each of which must be finite."""
@@ -98,6 +99,7 @@ class Synthesizer(ABC):
     """
 
     paper: ClassVar[str]
+    network_needs: ClassVar[tuple[Need, ...]] = ()
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
@@ -109,7 +111,16 @@ class Synthesizer(ABC):
         return 0
 
     def check(self, source: ImageSource) -> None:
-        """Refuse a source this method cannot work with, before any work starts and any file is made."""
+        """Refuse a source this method cannot work with, before any work starts and any file is made.
+
+        Every setting that is a network is checked against the images and ``network_needs``.
+
+        Raises:
+            InvalidSetting: a network does not fit the images, or lacks what the method needs of it.
+        """
+        for setting in fields(self):
+            if isinstance(network := getattr(self, setting.name), NetworkSpec):
+                network.require(self.network_needs, source.shape, source.num_classes)
 
     def prepare(self, run: Run) -> None:
         """Build what all jobs share (experts, teachers, statistics). Nothing by default."""
@@ -155,31 +166,62 @@ class PerClass(Synthesizer):
     """A method that makes a given number of images of every class."""
 
     ipc: Annotated[int, Ge(1)] = 10
-    """Synthetic images per class."""
+    """Synthetic images per class, as stored."""
+    form: Form = Plain()
+    """What a stored image is: Plain pixels, or Tiled (several small images in one)."""
     on_small_class: Literal["error", "cap", "duplicate"] = "error"
-    """What to do with a class that has fewer real images than ipc: refuse, take fewer, or repeat images."""
+    """What to do with a class that has too few real images to start from: refuse, take fewer, or repeat images."""
 
     def check(self, source: ImageSource) -> None:
-        """Refuse a source with a class smaller than ``ipc``, unless ``on_small_class`` says otherwise.
+        """Refuse a source with a class smaller than its start needs, unless ``on_small_class`` says otherwise.
 
         Raises:
             BadData: naming the classes and the mends.
+            InvalidSetting: the form or the network does not fit the images.
         """
-        small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < self.ipc]
+        super().check(source)
+        self.form.build([1], source.shape)
+        need = self.form.images_per_class(self.ipc)
+        small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < need]
         if small and self.on_small_class == "error":
+            purpose = (
+                f"ipc={self.ipc}" if need == self.ipc else f"the {need} that ipc={self.ipc} starts from in this form"
+            )
             raise BadData(
-                f"{len(small)} classes of {source.name!r} have fewer than ipc={self.ipc} images: "
+                f"{len(small)} classes of {source.name!r} have fewer than {purpose} images: "
                 f"{', '.join(small[:5])}; lower ipc, or set on_small_class to 'cap' (fewer images) "
                 "or 'duplicate' (repeated images)"
             )
 
-    def random_real(self, run: Run) -> tuple[Pixels, HardLabels]:
-        """The usual start: ``ipc`` distinct random real images per class, class-major, with their hard labels.
+    def random_real(self, run: Run) -> tuple[Parameterization, HardLabels]:
+        """The usual start: images made of distinct random real ones of their class, class-major, with hard labels.
 
-        A class with fewer images gives all of them ("cap"), or all of them over and over ("duplicate").
+        Plain pixels are real images; other forms resemble them once decoded. A class with too few images gives as
+        many stored images as it has real ones ("cap"), or repeats them ("duplicate").
         """
-        index = run.source.per_class_indices(run.classes, self.ipc, run.rng.at("init"))
-        if self.on_small_class == "duplicate":
-            blocks = torch.split(index, run.source.sizes_per_class(run.classes, self.ipc))
-            index = torch.cat([block.repeat(-(-self.ipc // len(block)))[: self.ipc] for block in blocks])
-        return Pixels(run.source.gather(index)), HardLabels(run.source.targets[index], run.source.num_classes)
+        images, labels = self._blank(run)
+        # Real images in the order in which the form decodes: the next one of its class for each decoded image.
+        position = torch.full((run.source.num_classes,), -1)
+        position[list(run.classes)] = torch.arange(len(run.classes))
+        wanted = position[labels.classes[images.decode().owner]]
+        most = int(wanted.bincount().max())
+        drawn = run.source.per_class_indices(run.classes, most, run.rng.at("init"))
+        blocks = torch.split(drawn, run.source.sizes_per_class(run.classes, most))
+        index = drawn.new_empty(len(wanted))
+        for place, block in enumerate(blocks):
+            slots = (wanted == place).nonzero().flatten()
+            index[slots.to(index.device)] = block.repeat(-(-len(slots) // len(block)))[: len(slots)]
+        images.to(run.device).imitate(run.source.gather(index))
+        return images, labels
+
+    def noise(self, run: Run) -> tuple[Parameterization, HardLabels]:
+        """A start from N(0, 1) in standardised units, class-major, with hard labels."""
+        images, labels = self._blank(run)
+        images.fill_noise(run.rng.at("init"))
+        return images, labels
+
+    def _blank(self, run: Run) -> tuple[Parameterization, HardLabels]:
+        capped = self.on_small_class == "cap"
+        items = [min(self.ipc, run.source.counts[c]) if capped else self.ipc for c in run.classes]
+        classes = torch.tensor(run.classes).repeat_interleave(torch.tensor(items))
+        return self.form.build(items, run.source.shape), HardLabels(classes, run.source.num_classes)

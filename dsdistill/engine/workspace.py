@@ -25,9 +25,10 @@ import filelock
 
 from dsdistill.core import storage
 from dsdistill.engine import checkpoint
-from dsdistill.engine.synthesizer import Job
+from dsdistill.engine.synthesizer import Job, State
 from dsdistill.errors import BadArtifact, OutputConflict, OutputLocked
-from dsdistill.synthetic import MANIFEST, Recipe, SyntheticDataset, read_manifest
+from dsdistill.recipe import Recipe
+from dsdistill.synthetic import MANIFEST, SyntheticDataset, read_manifest
 
 logger = logging.getLogger("dsdistill")
 _RUN = "run.json"
@@ -86,6 +87,14 @@ class Workspace:
     def metrics(self) -> Path:
         """The log of the run's steps."""
         return self.run / "metrics.jsonl"
+
+    def require_space(self, state: State) -> None:
+        """Refuse to start where the disk has no room for what the run will keep: checkpoints, and the set itself.
+
+        Raises:
+            OutOfSpace: naming folder, needed and free bytes.
+        """
+        storage.require_space(self.folder, checkpoint.nbytes(state) * (self.keep + 1) + 2 * state.images.nbytes)
 
     def job_folder(self, job: Job) -> Path:
         """Where a job keeps its checkpoints."""

@@ -24,9 +24,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from dsdistill.augmentations import Augmentation, Siamese, Views
-from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Metrics, PerClass, Run, State
-from dsdistill.networks import NetworkSpec, embed, has_batchnorm
+from dsdistill.networks import Need, NetworkSpec, embed, has_batchnorm
 from dsdistill.objectives.distribution import class_sums, mean_distance
 
 
@@ -35,6 +34,7 @@ class DM(PerClass):
     """Distribution matching: synthetic class means follow real class means under random networks."""
 
     paper: ClassVar[str] = "Zhao & Bilen, Dataset Condensation with Distribution Matching, WACV 2023, arXiv 2110.04181"
+    network_needs: ClassVar[tuple[Need, ...]] = ("features",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The defaults of the authors' code (main_DM.py); from IPC 100 on, they take a step size of 10.
         "cifar10/ipc1": {"ipc": 1},
@@ -59,10 +59,6 @@ class DM(PerClass):
     def steps(self) -> int:
         return self.iterations
 
-    def check(self, source: ImageSource) -> None:
-        super().check(source)
-        self.network.check(source.shape, source.num_classes)
-
     def start(self, run: Run, job: Job) -> State:
         images, labels = self.random_real(run)
         optimizer = torch.optim.SGD(images.parameters(), lr=self.lr_images, momentum=self.momentum)
@@ -77,7 +73,8 @@ class DM(PerClass):
         optimizer = state.optimizers["images"]
         optimizer.zero_grad()
         loss = torch.zeros((), device=run.device)
-        for part in _class_ranges(owner, len(run.classes), len(owner) if whole else run.chunk):
+        sizes = state.images.multiplicity.new_zeros(len(run.classes)).index_add(0, owner, state.images.multiplicity)
+        for part in _class_ranges(sizes, int(sizes.sum()) if whole else run.chunk):
             # The loss is a sum over classes, so its gradient may be taken range by range.
             distance = mean_distance(target[part], self._synthetic_means(state, network, views, owner, part))
             distance.backward()  # type: ignore[no-untyped-call]
@@ -130,11 +127,11 @@ def _class_positions(run: Run, state: State) -> Tensor:
     return position[state.labels.classes]
 
 
-def _class_ranges(owner: Tensor, classes: int, limit: int) -> Iterator[slice]:
-    """Consecutive classes whose stored images together are about ``limit``."""
-    ends = owner.bincount(minlength=classes).cumsum(0).tolist()
+def _class_ranges(sizes: Tensor, limit: int) -> Iterator[slice]:
+    """Consecutive classes whose decoded images, ``sizes`` (K,) of each class, are together about ``limit``."""
+    ends = sizes.cumsum(0).tolist()
     begin, before = 0, 0
-    for end in range(1, classes + 1):
-        if end == classes or ends[end] - before > limit:
+    for end in range(1, len(ends) + 1):
+        if end == len(ends) or ends[end] - before > limit:
             yield slice(begin, end)
             begin, before = end, ends[end - 1]

@@ -1,9 +1,11 @@
 """Forms of a synthetic set: what is stored and learned, and how it decodes to images."""
 
-from dsdistill.parameterizations.base import Decoded, Parameterization
-from dsdistill.parameterizations.pixels import Pixels
+from dsdistill.parameterizations.base import Decoded, Form, Parameterization
+from dsdistill.parameterizations.mirrored import Mirrored
+from dsdistill.parameterizations.pixels import Pixels, Plain
+from dsdistill.parameterizations.tiles import Tiled, Tiles
 
-FORMS: dict[str, type[Parameterization]] = {form.key: form for form in (Pixels,)}
+FORMS: dict[str, type[Parameterization]] = {form.key: form for form in (Pixels, Tiles, Mirrored)}
 """Closed table: the only classes a saved set may ask for."""
 
-__all__ = ["FORMS", "Decoded", "Parameterization", "Pixels"]
+__all__ = ["FORMS", "Decoded", "Form", "Mirrored", "Parameterization", "Pixels", "Plain", "Tiled", "Tiles"]

@@ -5,6 +5,7 @@ import pytest
 from methods.cases import CASES, SMALL
 
 from dsdistill.methods import DM, create_method, get_method, is_method, list_methods
+from dsdistill.parameterizations import Tiled
 from dsdistill.testing import check_synthesizer, toy_source
 
 
@@ -38,6 +39,9 @@ def test_every_method_keeps_the_contract_on_oblong_grey_images(name):
         {"augmentation": None},
         {"real_batch": 100, "ipc": 1},
         {"on_small_class": "cap", "ipc": 20},
+        {"form": Tiled(factor=2)},
+        {"form": Tiled(factor=3, bound=9), "ipc": 3, "on_small_class": "duplicate"},
+        {"form": Tiled(factor=2), "network": replace(SMALL, norm="batch")},
     ],
     ids=str,
 )

@@ -273,9 +273,8 @@ def test_chunks_change_nothing_where_classes_differ_in_size(chunk, source):
     ],
 )
 def test_ranges_of_classes_fill_a_chunk_and_never_split_a_class(budget, chunk, ranges):
-    owner = torch.arange(len(budget)).repeat_interleave(torch.tensor(budget))
-    for order in (owner, owner.flip(0)):
-        assert [(part.start, part.stop) for part in _class_ranges(order, len(budget), chunk)] == ranges
+    assert [(part.start, part.stop) for part in _class_ranges(torch.tensor(budget), chunk)] == ranges
+
 
 
 # Batch normalisation -----------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def test_restoring_what_was_stored():
     assert not form.tensors()["pixels"].requires_grad
     assert form.nbytes == 4 * 3 * 2 * 5 * 4
     assert Pixels.restore({"pixels": images().half()}, {}).pixels.dtype == torch.float32
-    assert {"pixels": Pixels} == FORMS
+    assert FORMS["pixels"] is Pixels
 
 
 @pytest.mark.parametrize(

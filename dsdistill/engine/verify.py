@@ -1,0 +1,71 @@
+"""`verify`: is everything that a run or a saved set left on the disk whole, to the last byte?"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from dsdistill.core import storage
+from dsdistill.engine import checkpoint
+from dsdistill.errors import BadArtifact
+from dsdistill.synthetic import MANIFEST, SyntheticDataset, read_manifest
+
+
+class Finding(NamedTuple):
+    """What was found of one file or folder. ``problem`` is empty where it is whole."""
+
+    path: Path
+    what: str
+    problem: str = ""
+
+
+def verify(path: str | Path) -> list[Finding]:
+    """Check a saved set, or the output folder of a run with all its checkpoints and parts.
+
+    Every file is compared with the sha256 that was written down with it; tensors must be finite and fit what the
+    manifest says of them.
+
+    Returns:
+        A finding for each file of a set and for each checkpoint.
+
+    Raises:
+        BadArtifact: there is nothing of ours at ``path``.
+    """
+    folder = Path(path)
+    jobs = sorted((folder / "run" / "jobs").glob("*")) if (folder / "run").is_dir() else []
+    sets = [folder, *(job / "part" for job in jobs), folder / "run" / "last-good"]
+    findings = [finding for place in sets if (place / MANIFEST).exists() for finding in _set(place)]
+    if (folder / "run" / "run.json").exists():
+        record = folder / "run" / "run.json"
+        findings.append(_checked(record, "record of the run", partial(storage.read_manifest, record)))
+    steps = [step for job in jobs for step in sorted(job.glob("step_*[0-9]"))]
+    findings += [_checked(step, "checkpoint", partial(checkpoint.read, step)) for step in steps]
+    if not findings:
+        raise BadArtifact(folder, f"holds neither a synthetic set ({MANIFEST}) nor a run (run/run.json)")
+    return findings
+
+
+def _set(folder: Path) -> Iterator[Finding]:
+    try:
+        manifest = read_manifest(folder)
+    except BadArtifact as error:
+        yield Finding(folder / MANIFEST, "manifest", str(error))
+        return
+    yield Finding(folder / MANIFEST, "manifest")
+    listed = manifest.get("files")
+    names = list(listed) if isinstance(listed, dict) else []
+    files = [
+        _checked(folder / name, "file of the set", partial(storage.read_listed, folder, manifest, name))
+        for name in names
+    ]
+    yield from files
+    if not any(finding.problem for finding in files):
+        yield _checked(folder, "set as a whole", partial(SyntheticDataset.load, folder))
+
+
+def _checked(path: Path, what: str, read: Callable[[], object]) -> Finding:
+    try:
+        read()
+    except BadArtifact as error:
+        return Finding(path, what, str(error))
+    return Finding(path, what)
