@@ -17,7 +17,7 @@ from dsdistill.core.device import default_chunk, settle_allocator
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
-from dsdistill.evaluation.train import TrainingSet, accuracy, fresh_network, train
+from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train
 
 MODULE = "benchmarks.speed.evaluator"
 SHAPE = (3, 32, 32)
@@ -49,8 +49,8 @@ def ours(options: argparse.Namespace) -> Callable[[], None]:
     def score() -> None:
         rng = Rng(options.seed, job=f"repeat/{next(repeat)}", device=test.device)
         network = fresh_network(protocol, SHAPE, options.classes, rng)
-        train(network, TrainingSet(images.__getitem__, targets, SHAPE), protocol, rng, mirror_safe=True)
-        accuracy(network, test, chunk=default_chunk(SHAPE, test.device))
+        train(network, TrainingSet.of(images, targets), protocol, rng, num_classes=10, mirror_safe=True)
+        accuracy(confusion(network, test, chunk=default_chunk(SHAPE, test.device)))
 
     return score
 
@@ -121,7 +121,7 @@ def check(options: argparse.Namespace, dtype: torch.dtype, epochs: int, toleranc
         network = fresh_network(protocol, SHAPE, options.classes, rng)
         plain = PlainConvNet(options.classes).to(images.device).copy_from(network)
         start = _flat(network)
-        train(network, TrainingSet(images.__getitem__, targets, SHAPE), protocol, rng, mirror_safe=True)
+        train(network, TrainingSet.of(images, targets), protocol, rng, num_classes=10, mirror_safe=True)
         _slow_train(plain, images, targets, protocol, rng)
     finally:
         torch.set_default_dtype(before)

@@ -1,8 +1,9 @@
+import json
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from dsdistill.augmentations import Siamese
+from dsdistill.augmentations import CutMix, Siamese
 from dsdistill.core.config import from_dict, to_dict
 from dsdistill.errors import InvalidSetting, UnknownName
 from dsdistill.evaluation import EvaluationProtocol, get_protocol, list_protocols
@@ -26,10 +27,41 @@ def test_named_protocols_are_the_published_rows(name, epochs, views):
     assert rates[epochs // 2 + 1 :] == pytest.approx([0.001] * (epochs - epochs // 2 - 1), rel=1e-12)
 
 
+def test_the_rows_of_datadam_and_fyi_differ_from_dsa_in_a_word():
+    dsa = get_protocol("dsa")
+    assert replace(get_protocol("datadam"), name="dsa", epochs=1000, batch_size=256) == dsa
+    assert get_protocol("datadam").epochs == 1800
+    assert [stage.ops for stage in get_protocol("fyi").augmentation.stages] == [
+        ("flip",),
+        ("color", "crop", "cutout", "scale", "rotate"),
+    ]
+    assert replace(get_protocol("fyi"), name="dsa", augmentation=Siamese()) == dsa
+
+
+def test_the_rows_of_idc_and_ncfm_mix_and_leave_cutout_out():
+    for name in ("idc", "ncfm"):
+        protocol = get_protocol(name)
+        assert protocol.mix == CutMix(probability=0.5)
+        assert [stage.ops for stage in protocol.augmentation.stages] == [
+            ("flip",),
+            ("color",),
+            ("crop", "scale", "rotate"),
+        ]
+    idc, ncfm = get_protocol("idc"), get_protocol("ncfm")
+    assert (idc.optimizer, idc.lr, idc.batch_size, idc.epochs) == ("sgd", 0.01, 64, 1000)
+    rates = [idc.learning_rate(epoch) for epoch in range(1000)]
+    assert [rates.count(rate) for rate in dict.fromkeys(rates)] == [666, 167, 167]
+    assert list(dict.fromkeys(rates)) == pytest.approx([0.01, 0.002, 0.0004])
+    assert (ncfm.optimizer, ncfm.lr, ncfm.weight_decay, ncfm.batch_size) == ("adamw", 0.001, 0.01, 128)
+    rates = [ncfm.learning_rate(epoch) for epoch in range(2000)]
+    assert [rates.count(rate) for rate in dict.fromkeys(rates)] == [400] * 5
+    assert rates[-1] == pytest.approx(0.001 / 16)
+
+
 def test_the_list_is_complete_and_any_case_will_do():
-    assert list_protocols() == ["dc", "dm", "dsa"]
+    assert list_protocols() == ["datadam", "dc", "dm", "dsa", "fyi", "idc", "ncfm"]
     assert get_protocol("DSA") is get_protocol("dsa")
-    with pytest.raises(UnknownName, match=r"unknown protocol 'dsaa'; did you mean 'dsa'\? Known: dc, dm, dsa"):
+    with pytest.raises(UnknownName, match=r"unknown protocol 'dsaa'; did you mean 'dsa'\? Known: datadam, dc, dm, dsa"):
         get_protocol("dsaa")
 
 
@@ -76,6 +108,10 @@ def test_milestones_are_exact_fractions(epochs, percent):
         ("selection", "best"),
         ("network", "convnet"),
         ("augmentation", "dsa"),
+        ("mix", "cutmix"),
+        ("optimizer", "adam"),
+        ("validation_fraction", 1.0),
+        ("validation_checks", 0),
         ("name", 3),
     ],
 )
@@ -84,9 +120,13 @@ def test_values_out_of_range_are_refused_by_name(field, value):
         EvaluationProtocol(**{field: value})
 
 
+@pytest.mark.parametrize("name", list_protocols())
+def test_every_protocol_survives_json(name):
+    assert from_dict(EvaluationProtocol, json.loads(json.dumps(to_dict(get_protocol(name))))) == get_protocol(name)
+
+
 def test_a_protocol_is_frozen_data():
     protocol = replace(get_protocol("dsa"), epochs=3)
-    assert from_dict(EvaluationProtocol, to_dict(protocol)) == protocol
     assert get_protocol("dsa").epochs == 1000
     with pytest.raises(FrozenInstanceError):
         protocol.epochs = 4

@@ -1,6 +1,6 @@
-import importlib
 import importlib.metadata
 import json
+import math
 import os
 from dataclasses import replace
 
@@ -17,19 +17,21 @@ from dsdistill.errors import (
     DeviceUnavailable,
     Diverged,
     InvalidSetting,
+    OutOfMemory,
+    OutOfSpace,
     OutputConflict,
     ShapeMismatch,
     UnknownName,
 )
-from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, Score, paired_difference
+from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, Score, evaluate_across, paired_difference
+from dsdistill.evaluation import scorer as scorer_module
 from dsdistill.labels import HardLabels
 from dsdistill.methods import RandomReal
 from dsdistill.networks import NetworkSpec
 from dsdistill.networks import spec as spec_module
 from dsdistill.parameterizations import Pixels
-from dsdistill.synthetic import Recipe
+from dsdistill.recipe import Recipe
 
-score_module = importlib.import_module("dsdistill.evaluation.score")
 QUICK = EvaluationProtocol(
     name="quick", network=NetworkSpec("mlp", width=8), epochs=3, lr=0.05, batch_size=4, augmentation=Siamese()
 )
@@ -52,12 +54,12 @@ def trained(monkeypatch):
     """Every training set that a network saw: row images, targets, flip safety, protocol, initial parameters, stream."""
     seen = []
 
-    def spy(network, data, protocol, rng, *, mirror_safe):
+    def spy(network, data, protocol, rng, *, mirror_safe, **_):
         initial = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
-        images = data.fetch(torch.arange(len(data.targets)))
-        seen.append((images, data.targets, mirror_safe, protocol, initial, rng))
+        images, targets = data.fetch(torch.arange(data.size))
+        seen.append((images, targets, mirror_safe, protocol, initial, rng))
 
-    monkeypatch.setattr(score_module, "train", spy)
+    monkeypatch.setattr(scorer_module, "train", spy)
     return seen
 
 
@@ -122,7 +124,8 @@ def test_whether_flips_are_safe_comes_from_the_source(synthetic, source, trained
 
 def test_test_images_are_standardised_by_the_sets_statistics(source, monkeypatch):
     seen = []
-    monkeypatch.setattr(score_module, "accuracy", lambda network, test, *, chunk: seen.append(test) or 0.5)
+    table = torch.eye(3, dtype=torch.int64)
+    monkeypatch.setattr(scorer_module, "confusion", lambda network, test, *, chunk: seen.append(test) or table)
     other = Normalization((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     made = synthesize(RandomReal(ipc=1), source.normalized_by(other))
     run(made, source, repeats=1, baselines=())
@@ -265,6 +268,8 @@ def made_by_hand(n=2, baselines=("random", "whole")):
         seconds=dict.fromkeys(rows, 1.23456),
         images={row: {"whole": 36}.get(row, 6) for row in rows},
         epochs={row: {"whole": 2}.get(row, 3) for row in rows},
+        confusion={row: torch.tensor([[3, 1], [0, 0]]) for row in rows},
+        classes=("a", "b"),
         peak_memory=1000,
         seed=4,
         context={"versions": {"torch": "2"}},
@@ -279,7 +284,7 @@ def test_the_table_reads_like_this():
         "random real images       6       3            47.50        ± 95.30  2\n"
         "whole training set      36       2            90.00         ± 0.00  2\n"
         "synthetic - random, paired by seed: +7.50 ± 31.77 points\n"
-        "protocol quick, mlp, fresh network and last epoch in every repeat"
+        "protocol quick, mlp, fresh network and last epoch each time"
     )
 
 
@@ -297,7 +302,8 @@ def test_the_json_has_every_field(synthetic, source):
     content = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(content) == {
         "format", "schema_version", "protocol", "selection", "seed", "scores", "gain_over_random", "images", "epochs",
-        "seconds", "peak_memory_bytes", "synthetic", "source", "device", "versions",
+        "classes", "per_class", "confusion", "seconds", "peak_memory_bytes", "synthetic", "source", "device",
+        "versions",
     }  # fmt: skip
     assert (content["format"], content["schema_version"], content["seed"]) == ("dsdistill.evaluation", 1, 6)
     assert content["protocol"]["type"] == "EvaluationProtocol"
@@ -310,9 +316,12 @@ def test_the_json_has_every_field(synthetic, source):
     assert set(content["seconds"]) == {"synthetic", "random", "whole"}
     assert all(seconds > 0 for seconds in content["seconds"].values())
     assert content["peak_memory_bytes"] > 2**20
+    assert content["classes"] == list(source.classes)
+    assert content["confusion"]["whole"] == result.confusion["whole"].tolist()
+    assert content["per_class"]["random"] == list(result.per_class("random").values())
     assert content["synthetic"]["method"]["type"] == "RandomReal"
     assert (content["synthetic"]["seed"], content["synthetic"]["ipc"]) == (3, 2)
-    assert content["synthetic"]["bytes"] == {"images": 6 * 192 * 4, "labels": 24}
+    assert content["synthetic"]["bytes"] == {"images": 6 * 192 * 4, "labels": 24, "learned": 0}
     assert content["source"] == {"name": "toy", "fingerprint": source.fingerprint, "mirror_safe": True}
     assert (content["device"]["type"], content["device"]["threads"]) == ("cpu", torch.get_num_threads())
     assert content["versions"]["torch"] == importlib.metadata.version("torch")
@@ -331,7 +340,7 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OutputConflict, match="exists already"):
         replace(result, seed=5).save(path)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OutOfSpace, match="bytes are needed"):
         replace(result, seed=5).save(path, overwrite=True)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["score.json"]
@@ -342,3 +351,147 @@ def test_a_bad_number_is_never_saved(tmp_path):
     with pytest.raises(ValueError, match="Out of range float"):
         result.save(tmp_path / "score.json")
     assert not list(tmp_path.iterdir())
+
+
+# Classes -----------------------------------------------------------------------------------------------------
+
+
+def test_confusion_counts_every_test_image_of_every_repeat(synthetic, source):
+    result = run(synthetic, source, repeats=3)
+    for row, table in result.confusion.items():
+        assert table.sum(1).tolist() == [15, 15, 15]  # 5 test images of each class, 3 networks
+        assert int(table.diagonal().sum()) / 45 == pytest.approx(result.scores[row].mean)
+        shares = result.per_class(row)
+        assert list(shares) == ["red", "green", "blue"]
+        assert shares["green"] == int(table[1, 1]) / 15
+
+
+def test_a_class_without_test_images_has_no_accuracy():
+    result = made_by_hand()
+    assert result.per_class()["a"] == 0.75
+    assert math.isnan(result.per_class()["b"])
+    assert result.to_json()["per_class"]["synthetic"] == [0.75, None]
+    many = replace(
+        result, classes=tuple(map(str, range(201))), confusion={row: torch.eye(201) for row in result.scores}
+    )
+    assert many.to_json()["confusion"] is None
+
+
+# Selection ---------------------------------------------------------------------------------------------------
+
+
+def test_selection_holds_real_images_out_and_takes_the_best_of_its_checks(synthetic, source, monkeypatch):
+    protocol = replace(QUICK, selection="validation", validation_fraction=0.25, validation_checks=3, epochs=7)
+    seen, real_confusion = [], scorer_module.confusion
+
+    def spy(network, images, *, chunk):
+        seen.append((images, {name: tensor.clone() for name, tensor in network.state_dict().items()}))
+        return real_confusion(network, images, chunk=chunk)
+
+    monkeypatch.setattr(scorer_module, "confusion", spy)
+    result = run(synthetic, source, protocol=protocol, repeats=1, baselines=("random", "whole"))
+    assert result.images == {"synthetic": 6, "random": 6, "whole": 27}
+    assert len(seen) == 3 * (3 + 1)
+    for row in range(3):
+        *checks, (test, tested) = seen[4 * row : 4 * row + 4]
+        assert [len(images) for images, _ in checks] == [9, 9, 9]
+        assert len(test) == 15
+        reached = []
+        for held, state in checks:
+            network = QUICK.network.build((3, 8, 8), 3, generator=torch.Generator(), device="cpu")
+            network.load_state_dict(state)
+            reached.append(scorer_module.accuracy(real_confusion(network, held, chunk=100)))
+        best = max(position for position in range(3) if reached[position] == max(reached))
+        assert all(torch.equal(tested[name], checks[best][1][name]) for name in tested)
+    assert "held out" in result.to_json()["selection"]
+    assert "held-out training images" in str(result)
+
+
+def test_held_out_images_are_never_trained_on(synthetic, source, trained):
+    protocol = replace(QUICK, selection="validation", validation_fraction=0.25)
+    with pytest.raises(RuntimeError):  # the spy trains nothing, so no state was kept
+        run(synthetic, source, protocol=protocol, repeats=1, baselines=("random", "whole"))
+    scorer = scorer_module.Scorer(protocol, synthetic, source, 0, torch.device("cpu"))
+    kept, held = ({image.numpy().tobytes() for image in part.images} for part in (scorer.real, scorer.held))
+    assert (len(kept), len(held)) == (27, 9)
+    assert not kept & held
+
+
+# Several at once ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [2, 3, 5])
+def test_networks_trained_together_score_as_one_by_one(together, synthetic, source):
+    alone = run(synthetic, source, repeats=5, baselines=("random", "whole"), whole_epochs=2)
+    stacked = run(synthetic, source, repeats=5, baselines=("random", "whole"), whole_epochs=2, together=together)
+    assert values(stacked) == values(alone)
+    assert stacked.images == alone.images
+    assert all(torch.equal(stacked.confusion[row], alone.confusion[row]) for row in alone.scores)
+    assert stacked.to_json()["device"]["together"] == together
+
+
+def test_what_cannot_be_trained_together_is_refused(synthetic, source):
+    batch = replace(QUICK, network=NetworkSpec(width=4, depth=1, norm="batch"))
+    with pytest.raises(InvalidSetting, match="batch normalisation are trained one by one"):
+        run(synthetic, source, protocol=batch, together=2)
+    with pytest.raises(InvalidSetting, match=r"together = 2.*validation"):
+        run(synthetic, source, protocol=replace(QUICK, selection="validation"), together=2)
+    with pytest.raises(InvalidSetting, match="together = 0"):
+        run(synthetic, source, together=0)
+
+
+# Memory ------------------------------------------------------------------------------------------------------
+
+
+def test_training_that_runs_out_of_memory_starts_again_with_smaller_chunks(synthetic, source, monkeypatch, caplog):
+    plain, real_train, chunks = run(synthetic, source), scorer_module.train, []
+
+    def hungry(*arguments, chunk, **options):
+        chunks.append(chunk)
+        if chunk > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real_train(*arguments, chunk=chunk, **options)
+
+    monkeypatch.setattr(scorer_module, "train", hungry)
+    result = run(synthetic, source)
+    assert values(result) == values(plain)
+    assert chunks == [256, 128, 64, 64, 64, 64]
+    assert "128 images pass" in caplog.text
+    assert result.to_json()["device"]["chunk"] == 64
+
+
+def test_no_chunk_is_small_enough(synthetic, source, monkeypatch):
+    def hungry(*_, **__):
+        raise MemoryError("it is too much")
+
+    monkeypatch.setattr(scorer_module, "train", hungry)
+    with pytest.raises(OutOfMemory, match=r"with 1 images at a time \(it is too much\).*batch_size or network"):
+        run(synthetic, source)
+    monkeypatch.setattr(scorer_module, "train_together", hungry)
+    with pytest.raises(OutOfMemory, match="Lower together"):
+        run(synthetic, source, together=2)
+
+
+# Across networks ---------------------------------------------------------------------------------------------
+
+
+def test_a_table_across_networks(synthetic, source):
+    wide = NetworkSpec(width=4, depth=1)
+    across = evaluate_across(synthetic, source, ["mlp", wide], protocol=QUICK, repeats=2, device="cpu", progress=False)
+    assert [spec.name for spec in across.results] == ["mlp", "convnet"]
+    direct = run(synthetic, source, protocol=replace(QUICK, network=wide))
+    assert values(across.results[wide]) == values(direct)
+    lines = str(across).splitlines()
+    assert lines[0].split("  ")[0] == "network"
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["mlp", "convnet width=4 depth=1"]
+    assert f"{100 * direct.accuracy.mean:.2f}" in lines[3]
+    assert json.loads(json.dumps(across.to_json()))["results"][1]["protocol"]["network"]["width"] == 4
+
+
+@pytest.mark.parametrize(
+    "networks", [[], ["mlp", "mlp"], ["mlp", NetworkSpec(depth=7)]], ids=["none", "twice", "unfit"]
+)
+def test_networks_that_do_not_fit_are_refused_before_any_training(networks, synthetic, source, trained):
+    with pytest.raises(InvalidSetting):
+        evaluate_across(synthetic, source, networks, protocol=QUICK, progress=False)
+    assert not trained

@@ -1,17 +1,18 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsdistill.augmentations import Siamese
+from dsdistill.augmentations import CutMix, Mixup, Siamese
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource, Normalization
-from dsdistill.errors import DistillError
+from dsdistill.errors import DistillError, InvalidSetting
 from dsdistill.evaluation import EvaluationProtocol
 from dsdistill.evaluation import train as train_module
-from dsdistill.evaluation.train import TrainingSet, accuracy, fresh_network, train
+from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train, train_together
 from dsdistill.networks import NetworkSpec, parameter_digest
 from dsdistill.networks import spec as spec_module
 
@@ -26,7 +27,7 @@ def examples(count=11, classes=3, shape=SHAPE):
 
 
 def training_set(images, targets):
-    return TrainingSet(images.__getitem__, targets, tuple(images.shape[1:]))
+    return TrainingSet.of(images, targets)
 
 
 def slow_train(network, images, targets, protocol, rng, augmentation=None):
@@ -72,7 +73,7 @@ def test_training_is_sgd_written_out(spec, batch_size):
     )
     network = fresh_network(protocol, SHAPE, 3, RNG)
     reference, before = copy.deepcopy(network), copy.deepcopy(network)
-    train(network, training_set(images, targets), protocol, RNG, mirror_safe=True)
+    train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
     slow_train(reference, images, targets, protocol, RNG)
     close(network, reference)
     pairs = zip(network.parameters(), before.parameters(), strict=True)
@@ -86,7 +87,7 @@ def test_each_image_gets_its_own_view_and_flips_only_where_they_are_safe(mirror_
     protocol = EvaluationProtocol(network=NetworkSpec("mlp", width=8), epochs=4, lr=0.2, batch_size=4, augmentation=ops)
     network = fresh_network(protocol, SHAPE, 3, RNG)
     reference = copy.deepcopy(network)
-    train(network, training_set(images, targets), protocol, RNG, mirror_safe=mirror_safe)
+    train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=mirror_safe)
     kept = ops if mirror_safe else Siamese(("crop", "color"))
     slow_train(reference, images, targets, protocol, RNG, kept)
     close(network, reference)
@@ -99,7 +100,7 @@ def test_only_flips_and_no_mirror_safety_means_no_views():
     digests = []
     for protocol in (plain, flips):
         network = fresh_network(protocol, SHAPE, 3, RNG)
-        train(network, training_set(images, targets), protocol, RNG, mirror_safe=False)
+        train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=False)
         digests.append(parameter_digest(network))
     assert digests[0] == digests[1]
 
@@ -110,9 +111,9 @@ def test_chunks_add_up_to_the_batch(chunk, monkeypatch):
     protocol = EvaluationProtocol(network=NetworkSpec(width=4, depth=1), epochs=3, lr=0.1, batch_size=8)
     network = fresh_network(protocol, SHAPE, 3, RNG)
     whole = copy.deepcopy(network)
-    train(whole, training_set(images, targets), protocol, RNG, mirror_safe=True)
+    train(whole, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
     monkeypatch.setattr(train_module, "default_chunk", lambda shape, device: chunk)
-    train(network, training_set(images, targets), protocol, RNG, mirror_safe=True)
+    train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
     close(network, whole)
 
 
@@ -129,7 +130,7 @@ def test_batch_normalisation_gets_each_batch_whole(monkeypatch):
     )
     network = fresh_network(protocol, SHAPE, 3, RNG)
     reference = copy.deepcopy(network)
-    train(network, training_set(images, targets), protocol, RNG, mirror_safe=True)
+    train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
     reference.train()
     loss = nn.functional.cross_entropy(reference(images), targets)
     for parameter, gradient in zip(
@@ -153,7 +154,7 @@ def test_training_never_waits_for_the_device():
     protocol = EvaluationProtocol(network=NetworkSpec(width=4, depth=1), epochs=2, batch_size=4)
     network = fresh_network(protocol, SHAPE, 3, RNG)
     with NoHostSync():
-        train(network, training_set(images, targets), protocol, RNG, mirror_safe=True)
+        train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostSync():
         float(images.sum())  # the trap works
 
@@ -195,8 +196,10 @@ def test_accuracy_is_the_share_of_right_answers_in_evaluation_mode(chunk):
         right += logits.index(max(logits)) == int(source.targets[index])
     assert 5 < right < 45
     state = copy.deepcopy(network.state_dict())
-    assert accuracy(network, source, chunk=chunk) == right / 50
-    assert not network.training
+    table = confusion(network, source, chunk=chunk)
+    assert accuracy(table) == right / 50
+    assert table.sum(1).tolist() == [17, 17, 16]
+    assert network.training  # as it was
     assert all(torch.equal(state[name], tensor) for name, tensor in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
 
@@ -285,3 +288,118 @@ def test_a_fresh_network_follows_from_the_repeat_alone(monkeypatch):
     assert parameter_digest(built) == parameter_digest(fresh)
     assert fresh.training
     assert all(parameter.requires_grad for parameter in fresh.parameters())
+
+
+# Mixes, other optimisers, several networks --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mix", [CutMix(probability=0.5), Mixup(probability=1.0)], ids=repr)
+def test_mixed_batches_are_trained_on_with_their_mixed_targets(mix):
+    images, targets = examples()
+    protocol = EvaluationProtocol(network=NetworkSpec("mlp", width=8), epochs=6, lr=0.1, batch_size=4, mix=mix)
+    network = fresh_network(protocol, SHAPE, 3, RNG)
+    reference, plain = copy.deepcopy(network), copy.deepcopy(network)
+    train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
+    order, mixes = RNG.at("order"), RNG.at("mix")
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for epoch in range(6):
+        optimizer.param_groups[0]["lr"] = protocol.learning_rate(epoch)
+        for rows in torch.split(torch.randperm(11, generator=order), 4):
+            record = mix.sample(len(rows), SHAPE, mixes)
+            soft = record.share * nn.functional.one_hot(targets[rows], 3).float()
+            soft = soft + (1 - record.share) * nn.functional.one_hot(targets[rows][record.partner], 3).float()
+            log_probabilities = reference(mix.apply(images[rows], record)).log_softmax(1)
+            optimizer.zero_grad()
+            (-(soft * log_probabilities).sum() / len(rows)).backward()
+            optimizer.step()
+    close(network, reference)
+    train(plain, training_set(images, targets), replace(protocol, mix=None), RNG, num_classes=3, mirror_safe=True)
+    with pytest.raises(AssertionError):
+        close(network, plain)
+
+
+def test_adamw_is_the_librarys():
+    images, targets = examples()
+    protocol = EvaluationProtocol(
+        network=NetworkSpec("mlp", width=8), epochs=5, optimizer="adamw", lr=0.01, weight_decay=0.1, batch_size=100
+    )
+    network = fresh_network(protocol, SHAPE, 3, RNG)
+    reference = copy.deepcopy(network)
+    train(network, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
+    for epoch in range(5):
+        optimizer.param_groups[0]["lr"] = protocol.learning_rate(epoch)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(reference(images), targets).backward()
+        optimizer.step()
+    close(network, reference)
+
+
+def test_soft_targets_are_probabilities():
+    images, targets = examples()
+    protocol = EvaluationProtocol(network=NetworkSpec("mlp", width=8), epochs=3, lr=0.1)
+    network = fresh_network(protocol, SHAPE, 3, RNG)
+    hard, mean = copy.deepcopy(network), copy.deepcopy(network)
+    one_hot = nn.functional.one_hot(targets, 3).float()
+    train(network, training_set(images, one_hot), protocol, RNG, num_classes=3, mirror_safe=True)
+    train(hard, training_set(images, targets), protocol, RNG, num_classes=3, mirror_safe=True)
+    close(network, hard)
+    train(mean, training_set(images, torch.full((11, 3), 1 / 3)), protocol, RNG, num_classes=3, mirror_safe=True)
+    with pytest.raises(AssertionError):
+        close(mean, hard)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"augmentation": Siamese(), "mix": CutMix(probability=0.5)},
+        {"optimizer": "adamw", "lr": 0.01},
+        {"network": NetworkSpec(width=4, depth=2)},
+        {"network": NetworkSpec(width=4, depth=1, norm="group", activation="leaky_relu", pooling="max")},
+    ],
+    ids=str,
+)
+def test_networks_trained_together_are_those_trained_alone(changes):
+    sets = [training_set(*(examples() if seed else (examples()[0].flip(0), examples()[1]))) for seed in range(3)]
+    protocol = EvaluationProtocol(
+        **{"network": NetworkSpec("mlp", width=8), "epochs": 4, "lr": 0.1, "batch_size": 4, **changes}
+    )
+    rngs = [Rng(seed) for seed in range(3)]
+    alone = [fresh_network(protocol, SHAPE, 3, rng) for rng in rngs]
+    together = [copy.deepcopy(network) for network in alone]
+    for network, data, rng in zip(alone, sets, rngs, strict=True):
+        train(network, data, protocol, rng, num_classes=3, mirror_safe=True)
+    train_together(together, sets, protocol, rngs, num_classes=3, mirror_safe=True)
+    for one, other in zip(alone, together, strict=True):
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    with pytest.raises(AssertionError):
+        close(alone[0], together[1])
+
+
+def test_a_watch_sees_every_epoch_and_the_network_in_training_mode():
+    seen = []
+    protocol = EvaluationProtocol(network=NetworkSpec("mlp", width=8), epochs=3, batch_size=4)
+    network = fresh_network(protocol, SHAPE, 3, RNG)
+    train(
+        network,
+        training_set(*examples()),
+        protocol,
+        RNG,
+        num_classes=3,
+        mirror_safe=True,
+        watch=lambda epoch, network: seen.append((epoch, network.training, parameter_digest(network))),
+    )
+    assert [(epoch, training) for epoch, training, _ in seen] == [(1, True), (2, True), (3, True)]
+    assert seen[-1][2] == parameter_digest(network)
+    assert len({digest for *_, digest in seen}) == 3
+
+
+def test_sets_of_different_size_are_not_trained_together():
+    images, targets = examples()
+    protocol = EvaluationProtocol(network=NetworkSpec("mlp", width=8), epochs=1)
+    networks = [fresh_network(protocol, SHAPE, 3, Rng(seed)) for seed in range(2)]
+    sets = [training_set(images, targets), training_set(images[:5], targets[:5])]
+    with pytest.raises(InvalidSetting, match=r"\[11, 5\].*one size"):
+        train_together(networks, sets, protocol, [Rng(0), Rng(1)], num_classes=3, mirror_safe=True)

@@ -1,0 +1,142 @@
+"""What scoring found out, and how it is shown and kept."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dsdistill.core import storage
+from dsdistill.core.config import to_dict
+from dsdistill.errors import OutputConflict
+from dsdistill.evaluation.protocol import EvaluationProtocol
+from dsdistill.evaluation.statistics import Score, paired_difference
+
+TITLES = {"synthetic": "synthetic set", "random": "random real images", "whole": "whole training set"}
+_MOST_CLASSES = 200  # a larger confusion table would swell the file
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Test accuracies of a set and of its baselines under one protocol and the same seeds.
+
+    ``scores`` maps a row ("synthetic", "random", "whole") to its accuracies; ``gain`` is the paired difference
+    synthetic - random. ``confusion`` maps a row to a (K, K) int64 table, summed over repeats: how many test images of
+    each class (row) were taken for which (column). ``seconds`` are spent per row, ``peak_memory`` in bytes over
+    everything.
+    """
+
+    protocol: EvaluationProtocol
+    scores: Mapping[str, Score]
+    seconds: Mapping[str, float]
+    images: Mapping[str, int]
+    epochs: Mapping[str, int]
+    confusion: Mapping[str, Tensor]
+    classes: tuple[str, ...]
+    peak_memory: int
+    seed: int
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> Score:
+        """Test accuracy of the synthetic set."""
+        return self.scores["synthetic"]
+
+    @property
+    def gain(self) -> Score | None:
+        """Paired difference to random real images; None when they were not scored."""
+        random = self.scores.get("random")
+        return paired_difference(self.accuracy.values, random.values) if random else None
+
+    def per_class(self, row: str = "synthetic") -> dict[str, float]:
+        """Share of each class's test images that were classified rightly, over all repeats; NaN for an absent class."""
+        table = self.confusion[row].double()
+        shares = (table.diagonal() / table.sum(1)).tolist()
+        return dict(zip(self.classes, shares, strict=True))
+
+    def class_table(self) -> str:
+        """Accuracy of each class in percent, a column for each row of the result."""
+        shares = {row: self.per_class(row) for row in self.scores}
+        head = ("class", *(TITLES[row] for row in shares))
+        lines = [(name, *(f"{100 * share[name]:.1f}" for share in shares.values())) for name in self.classes]
+        return "\n".join(table([head, *lines]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain containers; confusion tables up to 200 classes."""
+        return {
+            "format": "dsdistill.evaluation",
+            "schema_version": 1,
+            "protocol": {**to_dict(self.protocol), "title": self.protocol.title},
+            "selection": _SELECTION[self.protocol.selection],
+            "seed": self.seed,
+            "scores": {row: score.to_json() for row, score in self.scores.items()},
+            "gain_over_random": self.gain.to_json() if self.gain else None,
+            "images": dict(self.images),
+            "epochs": dict(self.epochs),
+            "classes": list(self.classes),
+            "per_class": {row: list(map(_or_none, self.per_class(row).values())) for row in self.scores},
+            "confusion": (
+                {row: table.tolist() for row, table in self.confusion.items()}
+                if len(self.classes) <= _MOST_CLASSES
+                else None
+            ),
+            "seconds": {row: round(value, 3) for row, value in self.seconds.items()},
+            "peak_memory_bytes": self.peak_memory,
+            **self.context,
+        }
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write `to_json` into a file, atomically.
+
+        Raises:
+            OutputConflict: the file exists and ``overwrite`` is not set, or cannot be written.
+        """
+        if Path(path).exists() and not overwrite:
+            raise OutputConflict(Path(path), "exists already; choose another file, or overwrite it")
+        storage.ensure_writable(Path(path).parent)
+        storage.write_json(Path(path), self.to_json())
+        return Path(path)
+
+    def __str__(self) -> str:
+        rows = [("training images", "images", "epochs", "test accuracy %", "95 % interval", "n")]
+        for row, score in self.scores.items():
+            rows.append((TITLES[row], str(self.images[row]), str(self.epochs[row]), *cells(score), str(score.n)))
+        lines = table(rows)
+        if self.gain:
+            spread = "" if self.gain.n == 1 else f" ± {100 * self.gain.half_width:.2f}"
+            lines.append(f"synthetic - random, paired by seed: {100 * self.gain.mean:+.2f}{spread} points")
+        chosen = "last epoch" if self.protocol.selection == "last" else "best epoch on held-out training images"
+        lines.append(
+            f"protocol {self.protocol.title}, {self.protocol.network.name}, fresh network and {chosen} each time"
+        )
+        return "\n".join(lines)
+
+
+_SELECTION = {
+    "last": "last epoch; test split scored once per network",
+    "validation": "best epoch on real training images held out; test split scored once per network",
+}
+
+
+def cells(score: Score) -> tuple[str, str]:
+    """Mean and half width of a score in percent, as shown in tables."""
+    return f"{100 * score.mean:.2f}", "-" if score.n == 1 else f"± {100 * score.half_width:.2f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its head: the first column flush left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value

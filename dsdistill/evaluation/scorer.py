@@ -1,0 +1,127 @@
+"""One row of a table: what networks are trained on, their training, and what they make of the test split."""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory
+from dsdistill.core.rng import Rng, seed_global
+from dsdistill.data import ImageSource
+from dsdistill.errors import DistillError, Diverged, OutOfMemory
+from dsdistill.evaluation.protocol import EvaluationProtocol
+from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train, train_together
+from dsdistill.synthetic import SyntheticDataset
+
+logger = logging.getLogger("dsdistill")
+
+
+@dataclass
+class Scorer:
+    """Trains and tests networks under one protocol.
+
+    ``real`` is on ``device``, standardised as the synthetic set is. ``chunk`` images pass a network at a time; it is
+    halved when memory runs out. ``sizes`` are the training images of each row trained so far.
+    """
+
+    protocol: EvaluationProtocol
+    synthetic: SyntheticDataset
+    real: ImageSource
+    seed: int
+    device: torch.device
+    chunk: int = field(init=False)
+    sizes: dict[str, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chunk = default_chunk(self.real.shape, self.device)
+        self.test = self.real.test.to(self.device)
+        self.held: ImageSource | None = None
+        if self.protocol.selection == "validation":
+            generator = Rng(self.seed).at("validation")
+            self.real, self.held = self.real.split(self.protocol.validation_fraction, generator)
+
+    def confusions(self, row: str, repeats: Sequence[int], epochs: int) -> Iterator[Tensor]:
+        """The (K, K) confusion table of a fresh network for each repeat, trained together where there are several."""
+        protocol = replace(self.protocol, epochs=epochs)
+        rngs = [Rng(self.seed, job=f"repeat/{repeat}", device=self.device) for repeat in repeats]
+        data = [self._training_set(row, rng) for rng in rngs]
+        self.sizes[row] = data[0].size
+        networks = self._trained(protocol, data, rngs)
+        for repeat, network in zip(repeats, networks, strict=True):
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
+                raise Diverged(f"training of {protocol.network.name}", f"repeat {repeat}", epochs, "a parameter")
+            yield confusion(network, self.test, chunk=self.chunk)
+
+    def _training_set(self, row: str, rng: Rng) -> TrainingSet:
+        real = self.real
+        if row == "whole":
+            return TrainingSet(lambda rows: (real.gather(rows), real.targets[rows]), len(real), real.shape, self.device)
+        if row == "synthetic":
+            images, targets = (tensor.to(self.device) for tensor in self.synthetic.tensors())
+            return TrainingSet.of(images, targets)
+        classes, most = range(real.num_classes), self.synthetic.ipc
+        drawn = real.per_class_indices(classes, most, rng.at("random real"))
+        blocks = torch.split(drawn, real.sizes_per_class(classes, most))
+        index = torch.cat([block[:n] for block, n in zip(blocks, self.synthetic.counts, strict=True)])
+        return TrainingSet.of(real.gather(index), real.targets[index])
+
+    def _trained(self, protocol: EvaluationProtocol, data: list[TrainingSet], rngs: list[Rng]) -> list[nn.Module]:
+        """A trained network for each set; after running out of memory, from the start again with half the chunk."""
+        while True:
+            try:
+                return self._train(protocol, data, rngs)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, DistillError) or not is_out_of_memory(error):
+                    raise
+                failure = error.with_traceback(None)  # its frames hold tensors
+            if self.chunk == 1 or len(data) > 1:
+                knob = "Lower together" if len(data) > 1 else "Take a smaller batch_size or network"
+                what = f"training of {protocol.network.name}"
+                raise OutOfMemory(what, self.chunk, str(failure), f"{knob}, or a device with more memory.") from failure
+            self.chunk //= 2
+            release_memory(self.device)
+            logger.warning("memory ran out: %d images pass the network at a time from now on (%s)", self.chunk, failure)
+
+    def _train(self, protocol: EvaluationProtocol, data: list[TrainingSet], rngs: list[Rng]) -> list[nn.Module]:
+        shape, classes, mirror_safe = self.real.shape, self.real.num_classes, self.real.mirror_safe
+        networks = [fresh_network(protocol, shape, classes, rng) for rng in rngs]
+        seed_global(rngs[0].integer("global"), self.device)
+        if len(networks) > 1:
+            train_together(networks, data, protocol, rngs, num_classes=classes, mirror_safe=mirror_safe)
+            return networks
+        best = _Best(protocol, self.held, self.chunk) if self.held is not None else None
+        train(
+            networks[0],
+            data[0],
+            protocol,
+            rngs[0],
+            num_classes=classes,
+            mirror_safe=mirror_safe,
+            chunk=self.chunk,
+            watch=best,
+        )
+        if best is not None:
+            networks[0].load_state_dict(best.state)
+        return networks
+
+
+class _Best:
+    """Keeps the state of the epoch that does best on held-out images; among equals, of the latest."""
+
+    def __init__(self, protocol: EvaluationProtocol, held: ImageSource, chunk: int) -> None:
+        epochs, checks = protocol.epochs, min(protocol.validation_checks, protocol.epochs)
+        self.epochs = {-(-epochs * check // checks) for check in range(1, checks + 1)}
+        self.held, self.chunk = held, chunk
+        self.accuracy = -1.0
+        self.state: dict[str, Any] = {}
+
+    def __call__(self, epoch: int, network: nn.Module) -> None:
+        if epoch not in self.epochs:
+            return
+        reached = accuracy(confusion(network, self.held, chunk=self.chunk))
+        if reached >= self.accuracy:
+            self.accuracy, self.state = reached, copy.deepcopy(network.state_dict())
