@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsdistill import augmentations, data, errors, evaluation, methods, networks, testing
-    from dsdistill.engine import Synthesizer, synthesize
+    from dsdistill.engine import Estimate, Synthesizer, estimate, synthesize
     from dsdistill.errors import DistillError
     from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, evaluate
     from dsdistill.methods import create_method, list_methods
+    from dsdistill.published import import_published
     from dsdistill.synthetic import SyntheticDataset
 
 __version__ = "0.1.0"
@@ -23,18 +24,22 @@ __version__ = "0.1.0"
 _MODULES = ("augmentations", "data", "errors", "evaluation", "methods", "networks", "testing")
 _NAMES = {
     "DistillError": "errors",
+    "Estimate": "engine",
     "EvaluationProtocol": "evaluation",
     "EvaluationResult": "evaluation",
     "Synthesizer": "engine",
     "SyntheticDataset": "synthetic",
     "create_method": "methods",
+    "estimate": "engine",
     "evaluate": "evaluation",
+    "import_published": "published",
     "list_methods": "methods",
     "synthesize": "engine",
 }
 
 __all__ = [
     "DistillError",
+    "Estimate",
     "EvaluationProtocol",
     "EvaluationResult",
     "Synthesizer",
@@ -44,8 +49,10 @@ __all__ = [
     "create_method",
     "data",
     "errors",
+    "estimate",
     "evaluate",
     "evaluation",
+    "import_published",
     "list_methods",
     "methods",
     "networks",

@@ -1,18 +1,16 @@
 """The result of a distillation: a small labelled image set that explains itself.
 
-On disk it is a folder: ``images.safetensors`` and ``labels.safetensors`` (the stored form), ``dataset.json``
-(what it is, how it was made, sha256 of every file; written last), ``README.md`` (a card) and ``grid.png``.
+On disk it is a folder: ``images.safetensors`` and ``labels.safetensors`` (the stored form),
+``normalization.safetensors`` (where pixels were whitened), ``dataset.json`` (what it is, how it was made, sha256 of
+every file; written last), ``README.md`` (a card) and ``grid.png``.
 Nothing in it is ever unpickled, and reading it needs no code of the method that made it.
 """
 
-import json
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache, cached_property
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,60 +21,32 @@ from dsdistill.core import storage
 from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict, ShapeMismatch
 from dsdistill.exchange import Export, encode_png
-from dsdistill.labels import KINDS, Labels
-from dsdistill.parameterizations import FORMS, Parameterization
+from dsdistill.exchange.card import write_card
+from dsdistill.exchange.hub import Shared
+from dsdistill.labels import KINDS, HardLabels, Labels, SoftLabels
+from dsdistill.parameterizations import FORMS, Parameterization, Pixels
+from dsdistill.recipe import Recipe
 
 MANIFEST = "dataset.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_LEARNED, _NORMALIZATION = "learned.", "normalization.safetensors"
 
 
 class Bytes(NamedTuple):
-    """Size of the stored form in bytes, images and labels apart."""
+    """Size of the stored form in bytes: images, labels, and further learned tensors."""
 
     images: int
     labels: int
+    learned: int = 0
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a set was made: enough to make it again.
-
-    ``method``: class name and all settings; ``source``: name, fingerprint, classes and counts of the real
-    data; ``execution``: what else decides the last bits (device type, threads, chunk); ``versions`` of the
-    libraries; ``parents``: recipes of the sets this one was derived from; ``notes``: what a reader must know.
-    """
-
-    method: dict[str, Any]
-    seed: int
-    source: dict[str, Any]
-    execution: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: library_versions())
-    parents: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain containers."""
-        return asdict(self) | {"parents": list(self.parents), "notes": list(self.notes)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Recipe":
-        """Inverse of `to_json`."""
-        return cls(**{**content, "parents": tuple(content["parents"]), "notes": tuple(content["notes"])})
-
-
-@cache
-def _versions() -> dict[str, str]:
-    names = ("dsdistill", "torch", "torchvision", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    return dict(_versions())
+    @property
+    def total(self) -> int:
+        """All of it: the budget a set spends."""
+        return sum(self)
 
 
 @dataclass(frozen=True, eq=False)
-class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
+class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
     """A distilled image set, usable as a `torch.utils.data.Dataset` at once.
 
     Item i is ``(image, target)``: the image (C, H, W), float32, standardised with `normalization` (so a
@@ -100,8 +70,8 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         (torch.Size([5, 1, 8, 8]), [0, 0, 1, 1, 2])
     """
 
-    FILES: ClassVar = ("images.safetensors", "labels.safetensors", "grid.png", "README.md")
-    """What `save` writes, in this order, before ``dataset.json``."""
+    FILES: ClassVar = ("images.safetensors", "labels.safetensors", _NORMALIZATION, "grid.png", "README.md")
+    """What `save` writes, in this order, before ``dataset.json``; the third only where pixels were whitened."""
 
     images: Parameterization
     labels: Labels
@@ -119,6 +89,50 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         decoded = tuple(self.images.decode(torch.tensor([0])).images.shape) if self.images.count else ()
         if len(decoded) != 4 or decoded[1] != len(self.normalization.mean):
             raise ShapeMismatch("the decoded images", decoded, f"(M, {len(self.normalization.mean)}, H, W), M > 0")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        normalization: Normalization,
+        classes: Sequence[str],
+        source: str = "unknown",
+        method: Mapping[str, Any] | None = None,
+        learned: Mapping[str, Tensor] | None = None,
+        notes: Sequence[str] = (),
+    ) -> Self:
+        """A set of images made elsewhere.
+
+        Args:
+            images: (N, C, H, W), floats, standardised by ``normalization``.
+            targets: (N,) integer classes, or (N, K) probabilities.
+            normalization: how the pixels were standardised; ``Normalization((0,) * C, (1,) * C)`` if they are in 0..1.
+            classes: K class names, in label order.
+            source: name of the real data.
+            method: how they were made, for the record.
+            learned: further learned tensors.
+            notes: what a reader must know.
+
+        Raises:
+            BadData, ShapeMismatch: shapes, types or numbers do not fit together.
+        """
+        made_for = targets if targets.dim() == 1 else targets.argmax(1)
+        labels: Labels = HardLabels(made_for, len(classes))
+        if targets.dim() == 2:
+            total = targets.sum(1)
+            if not bool(((total - 1).abs() < 1e-3).all()) or bool((targets < 0).any()):
+                raise BadData("soft targets must be probabilities: not negative, and 1 in sum for each image")
+            labels = SoftLabels(targets.float().clamp_min(1e-12).log(), made_for)
+        return cls(
+            images=Pixels(images.float()),
+            labels=labels,
+            normalization=normalization,
+            classes=tuple(classes),
+            recipe=Recipe({"type": "made elsewhere", **(method or {})}, 0, {"name": source}, notes=tuple(notes)),
+            learned=dict(learned or {}),
+        )
 
     @cached_property
     def _decoded(self) -> tuple[Tensor, Tensor]:
@@ -177,8 +191,9 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
 
     @property
     def nbytes(self) -> Bytes:
-        """Bytes of the stored form, images and labels apart."""
-        return Bytes(self.images.nbytes, self.labels.nbytes)
+        """Bytes of the stored form: images, labels, learned tensors."""
+        learned = sum(tensor.numel() * tensor.element_size() for tensor in self.learned.values())
+        return Bytes(self.images.nbytes, self.labels.nbytes, learned)
 
     def __repr__(self) -> str:
         size = "x".join(map(str, self.shape))
@@ -257,7 +272,7 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         storage.ensure_writable(folder)
         if (folder / MANIFEST).exists():
             raise OutputConflict(folder, f"holds a synthetic set already ({MANIFEST}); choose another folder")
-        files = self._files()
+        files = self.files()
         first, *others = files  # an interrupted save leaves the first; without it, the others are somebody else's
         foreign = [name for name in others if (folder / name).exists() and not (folder / first).exists()]
         if foreign:
@@ -289,18 +304,21 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
         if form is None or kind is None:
             asked = f"form {manifest['form']!r} with {manifest['label_kind']!r} labels"
             raise BadArtifact(folder / MANIFEST, f"{asked} is unknown here: install a newer dsdistill")
-        learned_prefix = "learned."
-        learned = {k.removeprefix(learned_prefix): v for k, v in image_tensors.items() if k.startswith(learned_prefix)}
-        stored = {k: v for k, v in image_tensors.items() if not k.startswith(learned_prefix)}
+        learned = {k.removeprefix(_LEARNED): v for k, v in image_tensors.items() if k.startswith(_LEARNED)}
+        stored = {k: v for k, v in image_tensors.items() if not k.startswith(_LEARNED)}
+        whitened = _NORMALIZATION in manifest["files"]
+        matrices = storage.read_listed_tensors(folder, manifest, _NORMALIZATION) if whitened else {}
         made = cls(
             images=form.restore(stored, manifest["form_settings"]),
             labels=kind.restore(label_tensors, manifest["label_settings"]),
-            normalization=Normalization.from_json(manifest["normalization"]),
+            normalization=Normalization.from_json(manifest["normalization"], matrices),
             classes=tuple(manifest["classes"]),
             recipe=Recipe.from_json(manifest["recipe"]),
             learned=learned,
         )
         actual = made._manifest()
+        if manifest["schema_version"] == 1:  # counted no learned tensors
+            actual["bytes"].pop("learned")
         wrong = [key for key in ("count", "ipc", "shape", "bytes") if manifest[key] != actual[key]]
         if wrong:
             stated = ", ".join(f"{key} {manifest[key]} for {actual[key]}" for key in wrong)
@@ -324,21 +342,28 @@ class SyntheticDataset(Dataset[tuple[Tensor, Any]]):
             "recipe": self.recipe.to_json(),
         }
 
-    def _files(self) -> dict[str, bytes]:
-        learned = {f"learned.{name}": tensor for name, tensor in self.learned.items()}
+    def files(self) -> dict[str, bytes]:
+        """What `save` writes beside ``dataset.json``: file name -> content."""
+        learned = {f"{_LEARNED}{name}": tensor for name, tensor in self.learned.items()}
+        whitening = self.normalization.tensors()
         contents = (
             storage.encode_tensors({**self.images.tensors(), **learned}),
             storage.encode_tensors(self.labels.tensors()),
+            storage.encode_tensors(whitening) if whitening else None,
             encode_png(self.grid()),
-            _card(self).encode("utf-8", "replace"),
+            write_card(self).encode("utf-8", "replace"),
         )
-        return dict(zip(self.FILES, contents, strict=True))
+        return {name: data for name, data in zip(self.FILES, contents, strict=True) if data is not None}
 
     def export(self, path: str | Path, format: str = "folder") -> Export:
-        """Write 8-bit PNG files by class ("folder") or float arrays ("npz") for other programs.
+        """Write the set for other programs.
+
+        Formats: "folder" (8-bit PNG files by class), "npz" (arrays), "pt" (a folder of ``images.pt``, ``labels.pt``
+        and, where it was learned, ``lr.pt``), "parquet" (8-bit images, as Hugging Face data sets keep them).
 
         Raises:
             InvalidSetting: unknown format. OutputConflict: the target exists.
+            MissingExtra: parquet needs dsdistill[hub].
         """
         return exchange.export(self, Path(path), format)
 
@@ -360,44 +385,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             folder / MANIFEST, f"has schema version {found}, newer than {SCHEMA_VERSION}: upgrade dsdistill"
         )
     return manifest
-
-
-def _card(synthetic: SyntheticDataset) -> str:
-    recipe, size = synthetic.recipe, synthetic.nbytes
-    settings = "\n".join(f"| `{key}` | `{value}` |" for key, value in recipe.method.items() if key != "type")
-    notes = "".join(f"- {note}\n" for note in recipe.notes)
-    classes = ", ".join(synthetic.classes[:20]) + (", ..." if len(synthetic.classes) > 20 else "")
-    source_name = str(recipe.source.get("name"))
-    return f"""---
-tags: [dataset-distillation]
-source_datasets: [{json.dumps(source_name)}]
-task_categories: [image-classification]
----
-
-# {recipe.method.get("type", "Synthetic set")}: {synthetic.ipc} per class of {source_name}
-
-![the images, class by class](grid.png)
-
-{len(synthetic)} synthetic images {"x".join(map(str, synthetic.shape))} (channels x height x width) of
-{len(synthetic.classes)} classes ({classes}), distilled from {sum(recipe.source.get("counts", []))} real images.
-Stored: {size.images:,} bytes of images ({synthetic.images.key}) and {size.labels:,} of labels ({synthetic.labels.key}).
-
-{notes}
-```python
-import dsdistill as dd
-
-synthetic = dd.SyntheticDataset.load("path/to/this/folder")
-image, target = synthetic[0]  # float32, standardised: ready for a network
-```
-
-Pixels are standardised with mean {list(synthetic.normalization.mean)} and standard deviation
-{list(synthetic.normalization.std)}; `synthetic.normalization.to_unit` brings them back to [0, 1].
-
-| setting | value |
-|---|---|
-{settings}
-
-Seed {recipe.seed}; source fingerprint `{recipe.source.get("fingerprint")}`;
-{", ".join(f"{name} {number}" for name, number in recipe.versions.items())}.
-The images derive from the source data: its licence and terms apply to them.
-"""

@@ -15,13 +15,20 @@ LAYERS = [
     {"data", "networks"},
     {"augmentations", "objectives", "parameterizations"},
     {"labels"},
-    {"exchange", "synthetic"},
+    {"recipe", "exchange", "synthetic", "published"},
     {"engine"},
     {"methods", "evaluation"},
-    {"testing"},
+    {"testing", "studies"},
     {"cli", "__main__"},
 ]
-SIDEWAYS = {("__main__", "cli"), ("core", "errors"), ("synthetic", "exchange")}
+SIDEWAYS = {
+    ("__main__", "cli"),
+    ("core", "errors"),
+    ("synthetic", "exchange"),
+    ("synthetic", "recipe"),
+    ("published", "exchange"),
+    ("published", "synthetic"),
+}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

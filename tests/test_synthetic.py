@@ -20,7 +20,7 @@ from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict, ShapeMismatch
 from dsdistill.labels import HardLabels
 from dsdistill.parameterizations import Pixels
-from dsdistill.synthetic import Recipe
+from dsdistill.recipe import Recipe
 
 FILES = ("images.safetensors", "labels.safetensors", "dataset.json", "README.md", "grid.png")
 STATISTICS = Normalization((0.5, 0.4, 0.3), (0.25, 0.2, 0.1))
@@ -82,7 +82,8 @@ def test_what_it_says_about_itself(made):
     assert made.classes == ("heron", "egret", "owl")
     assert made.class_to_idx == {"heron": 0, "egret": 1, "owl": 2}
     assert (made.ipc, made.counts, made.shape, len(made)) == (2, (2, 2, 2), (3, 4, 6), 6)
-    assert made.nbytes == (6 * 3 * 4 * 6 * 4, 6 * 4)
+    assert made.nbytes == (6 * 3 * 4 * 6 * 4, 6 * 4, 0)
+    assert made.nbytes.total == 1752
     assert made.nbytes.images == 1728
     assert repr(made) == (
         "SyntheticDataset(Made, 3 classes, ipc=2, 6 images 3x4x6, pixels form, hard labels, "
@@ -259,9 +260,9 @@ print([name for name in sys.modules if name.startswith(("dsdistill.methods", "ds
 def test_the_manifest_tells_what_the_set_is(made, saved):
     manifest = json.loads((saved / "dataset.json").read_bytes())
     assert manifest["format"] == "dsdistill.synthetic"
-    assert (manifest["schema_version"], manifest["count"], manifest["ipc"]) == (1, 6, 2)
+    assert (manifest["schema_version"], manifest["count"], manifest["ipc"]) == (2, 6, 2)
     assert (manifest["shape"], manifest["classes"]) == ([3, 4, 6], list(BIRDS))
-    assert manifest["bytes"] == {"images": 1728, "labels": 24}
+    assert manifest["bytes"] == {"images": 1728, "labels": 24, "learned": 0}
     assert manifest["normalization"] == {"kind": "standardize", "mean": [0.5, 0.4, 0.3], "std": [0.25, 0.2, 0.1]}
     assert manifest["recipe"]["method"] == {"type": "Made", "ipc": 2, "by": "hand"}
     assert set(manifest["recipe"]["versions"]) == {"python", "dsdistill", "torch", "torchvision", "numpy"}
@@ -438,7 +439,7 @@ def test_missing_and_foreign_folders(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema version 2, newer than 1: upgrade dsdistill"),
+        ({"schema_version": 3}, "schema version 3, newer than 2: upgrade dsdistill"),
         ({"schema_version": "1"}, "schema version 1"),
         ({"form": "wavelets"}, "'wavelets'.* is unknown here: install a newer dsdistill"),
         ({"label_kind": "smooth"}, "'smooth' labels is unknown here"),

@@ -1,4 +1,4 @@
-"""Formats of other programs: an image folder of PNG files, or one npz of arrays."""
+"""An image folder of 8-bit PNG files, as every program reads it."""
 
 import io
 import re
@@ -6,43 +6,36 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from dsdistill.core import storage
-from dsdistill.errors import InvalidSetting, OutputConflict
+from dsdistill.exchange.report import Export, eight_bits
 
 if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
 
-FORMATS = ("folder", "npz")
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 
-class Export(NamedTuple):
-    """What an export wrote and lost.
-
-    ``clipped``: share of pixel values outside [0, 1] that were cut off; ``rounding``: largest change of a
-    value inside the range by 8-bit rounding, in units of [0, 1]; both 0 for lossless formats.
-    """
-
-    path: Path
-    images: int
-    clipped: float
-    rounding: float
-
-
-def export(synthetic: "SyntheticDataset", path: Path, format: str) -> Export:
-    """Write ``synthetic`` at ``path``; see `SyntheticDataset.export`."""
-    if format not in FORMATS:
-        raise InvalidSetting("format", format, f"one of {', '.join(FORMATS)}")
-    if format == "folder" and synthetic.shape[0] not in (1, 3):
-        raise InvalidSetting("format", format, f"PNG files have 1 or 3 channels, not {synthetic.shape[0]}; use npz")
-    if path.exists():
-        raise OutputConflict(path, "exists already; choose another path")
-    storage.ensure_writable(path.parent)
-    return _export_folder(synthetic, path) if format == "folder" else _export_npz(synthetic, path)
+def write_image_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
+    """``path/CLASS/000000.png``: clipped to [0, 1], rounded to 8 bits, numbered in the order of the set."""
+    pixels, report = eight_bits(synthetic, path)
+    names = class_folders(synthetic.classes)
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
+    try:
+        for name in names:
+            (temporary / name).mkdir()
+        for index, (image, target) in enumerate(zip(pixels, synthetic.targets, strict=True)):
+            storage.write_bytes(temporary / names[target] / f"{index:06d}.png", encode_png(image))
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    storage.fsync_folder(path.parent)
+    return report
 
 
 def encode_png(image: Tensor) -> bytes:
@@ -77,46 +70,3 @@ def _folder(name: str) -> str:
 
 def _quoted(text: str) -> str:
     return "".join(f"%{byte:02X}" for byte in text.encode("utf-8", "surrogatepass"))[:_LONGEST]
-
-
-def _export_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
-    images, _ = synthetic.tensors()
-    unit = synthetic.normalization.to_unit(images)
-    pixels = synthetic.normalization.to_uint8(images)
-    inside = unit.clamp(0, 1)
-    names = class_folders(synthetic.classes)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
-    try:
-        for name in names:
-            (temporary / name).mkdir()
-        for index, (image, target) in enumerate(zip(pixels, synthetic.targets, strict=True)):
-            storage.write_bytes(temporary / names[target] / f"{index:06d}.png", encode_png(image))
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    storage.fsync_folder(path.parent)
-    return Export(
-        path,
-        len(images),
-        clipped=float(((unit - inside).abs() > 1e-6).float().mean()),  # 0 may come back as -1e-8,
-        rounding=float((pixels.float() / 255 - inside).abs().max()),
-    )
-
-
-def _export_npz(synthetic: "SyntheticDataset", path: Path) -> Export:
-    import numpy as np
-
-    images, targets = synthetic.tensors()
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        images=images.numpy(),
-        targets=targets.numpy(),
-        mean=np.array(synthetic.normalization.mean, dtype=np.float64),
-        std=np.array(synthetic.normalization.std, dtype=np.float64),
-        classes=np.array(synthetic.classes),
-    )
-    storage.write_bytes(path, buffer.getvalue())
-    return Export(path, len(images), 0.0, 0.0)

@@ -8,12 +8,13 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
-from dsdistill import SyntheticDataset, data, exchange
+from dsdistill import SyntheticDataset, data
 from dsdistill.data import Normalization
 from dsdistill.errors import DistillError, InvalidSetting, OutputConflict
+from dsdistill.exchange import folder as folder_module
 from dsdistill.labels import HardLabels
 from dsdistill.parameterizations import Pixels
-from dsdistill.synthetic import Recipe
+from dsdistill.recipe import Recipe
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
 
@@ -152,13 +153,13 @@ def test_an_existing_target_is_left_alone(format, tmp_path):
 
 
 def test_an_unknown_format_is_refused(tmp_path):
-    with pytest.raises(InvalidSetting, match=r"format = 'pt' .*folder, npz"):
-        make().export(tmp_path / "out", "pt")
+    with pytest.raises(InvalidSetting, match=r"format = 'hdf5' .*folder, npz"):
+        make().export(tmp_path / "out", "hdf5")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
-    encode, calls = exchange.encode_png, []
+    encode, calls = folder_module.encode_png, []
 
     def fail_at_third(image):
         calls.append(image)
@@ -166,7 +167,7 @@ def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(image)
 
-    monkeypatch.setattr(exchange, "encode_png", fail_at_third)
+    monkeypatch.setattr(folder_module, "encode_png", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         make().export(tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -177,7 +178,7 @@ def test_a_failed_npz_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="bytes are needed"):
         make().export(tmp_path / "out.npz", "npz")
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,184 @@
+"""Verbs that compute: synthesize, evaluate, quickstart."""
+
+import logging
+import shlex
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from dsdistill.cli.options import LoadOptions, Verb, data_arguments, load_source, run_arguments, say, summary
+from dsdistill.core import storage
+from dsdistill.errors import DistillError, InvalidSetting, OutputConflict
+
+
+def _synthesize_arguments(parser: ArgumentParser) -> None:
+    from dsdistill.engine import Synthesizer
+    from dsdistill.methods import get_method, list_methods
+
+    for name in list_methods():  # a class must be imported for the parser to know it by name
+        try:
+            get_method(name)
+        except DistillError as error:  # of another package: no reason to fail those who do not use it
+            logging.getLogger("dsdistill").warning("%s", error)
+    data_arguments(parser)
+    parser.add_subclass_arguments(
+        Synthesizer,
+        "method",
+        required=True,
+        help="Method by name, its settings as --method.SETTING. See: dsdistill methods; dsdistill show NAME.",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="Output folder; the same command again continues an interrupted run."
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Make the first steps only, write nothing, print what the run will cost."
+    )
+    run_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="Replace a run that the output folder already holds.")
+    parser.add_argument("--checkpoint_every", type=int, default=100, help="Steps between checkpoints.")
+    parser.add_argument(
+        "--chunk", type=int | None, default=None, help="Images per forward pass; lower it when memory runs out."
+    )
+
+
+def _synthesize(config: Namespace) -> Any:
+    import dsdistill as dd
+
+    source = load_source(config)
+    if config.dry_run:
+        placed = {"device": config.device, "out": config.out, "chunk": config.chunk}
+        cost = dd.estimate(config.method, source, seed=config.seed, **placed)
+        say(config, str(cost))
+        return cost.to_json()
+    synthetic = dd.synthesize(
+        config.method,
+        source,
+        seed=config.seed,
+        device=config.device,
+        out=config.out,
+        overwrite=config.overwrite,
+        checkpoint_every=config.checkpoint_every,
+        chunk=config.chunk,
+    )
+    loading = [
+        f"--load.{name}={value}" for name, value in vars(config.load).items() if value != getattr(LoadOptions, name)
+    ]
+    command = shlex.join(["dsdistill", "evaluate", str(config.out), "--data", config.data, *loading])
+    say(config, f"{synthetic!r}\nsaved in {config.out}; score it with: {command}")
+    return summary(config.out)
+
+
+def _evaluate_arguments(parser: ArgumentParser) -> None:
+    from dsdistill.evaluation import list_protocols
+    from dsdistill.networks import NetworkSpec
+
+    parser.add_argument("path", type=Path, help="Folder of a synthetic set.")
+    data_arguments(parser)
+    parser.add_argument(
+        "--protocol", type=str, default="dsa", help=f"How networks are trained: {', '.join(list_protocols())}."
+    )
+    parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the protocol's.")
+    parser.add_argument(
+        "--network",
+        type=NetworkSpec | None,
+        default=None,
+        help="Network instead of the protocol's: --network.name, --network.width, ...",
+    )
+    parser.add_argument(
+        "--networks",
+        type=str,
+        nargs="*",
+        default=None,
+        help="Several networks by name, one after the other: the cross-architecture table.",
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per row of the table.")
+    parser.add_argument("--together", type=int, default=1, help="Networks trained as one stacked computation.")
+    parser.add_argument("--per_class", action="store_true", help="Show the accuracy of each class too.")
+    parser.add_argument(
+        "--baselines", type=str, nargs="*", default=["random"], help="Rows beside the set: random, whole, or none."
+    )
+    parser.add_argument("--whole_epochs", type=int | None, default=None, help="Epochs of the whole-training-set row.")
+    run_arguments(parser)
+    parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the result.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace that file if it exists.")
+
+
+def _evaluate(config: Namespace) -> Any:
+    from dataclasses import replace
+
+    import dsdistill as dd
+
+    if config.out and config.out.exists() and not config.overwrite:
+        raise OutputConflict(config.out, "exists already; choose another file, or --overwrite it")
+    protocol = dd.evaluation.get_protocol(config.protocol)
+    if config.network is not None:
+        protocol = replace(protocol, network=config.network)
+    if config.networks and config.network is not None:
+        raise InvalidSetting("networks", config.networks, "either --network or --networks, not both")
+    synthetic = dd.SyntheticDataset.load(config.path)
+    options = {
+        "protocol": protocol,
+        "epochs": config.epochs,
+        "repeats": config.repeats,
+        "baselines": [name for name in config.baselines if name != "none"],
+        "whole_epochs": config.whole_epochs,
+        "together": config.together,
+        "seed": config.seed,
+        "device": config.device,
+    }
+    if config.networks:
+        across = dd.evaluation.evaluate_across(synthetic, load_source(config), config.networks, **options)
+        results, shown, content = list(across.results.values()), str(across), across.to_json()
+    else:
+        result = dd.evaluate(synthetic, load_source(config), **options)
+        results, shown, content = [result], str(result), result.to_json()
+    if config.out:
+        storage.ensure_writable(config.out.parent)
+        storage.write_json(config.out, content)
+        say(config, f"written to {config.out}")
+    say(config, shown)
+    if config.per_class:
+        for result in results:
+            say(config, f"\naccuracy of each class, {result.protocol.network.name}\n{result.class_table()}")
+    return content
+
+
+def _quickstart_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("quickstart"), help="Output folder.")
+    run_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier quickstart in that folder.")
+
+
+def _quickstart(config: Namespace) -> Any:
+    from dsdistill.cli.quickstart import quickstart
+
+    result = quickstart(config.out, seed=config.seed, device=config.device, overwrite=config.overwrite)
+    say(config, f"{result}\n\nset, card and grid.png: {config.out}\nresults: {config.out / 'results.json'}")
+    return result.to_json()
+
+
+VERBS = {
+    "quickstart": Verb(
+        "Distil scikit-learn's digits and score the result, in about a minute.",
+        "  dsdistill quickstart --out digits-dm",
+        _quickstart_arguments,
+        _quickstart,
+    ),
+    "synthesize": Verb(
+        "Distil real images into a few synthetic ones per class.",
+        "  dsdistill synthesize --data digits --method DM --method.ipc 10 --method.iterations 500 --out runs/dm\n"
+        "  dsdistill synthesize --data my/images --load.image_size 32 --method DM --method.ipc 1 --out runs/mine\n"
+        "  dsdistill synthesize --method DM --data digits --out runs/dm --print_config > run.yaml\n"
+        "  dsdistill synthesize --config run.yaml --seed 1 --out runs/dm-seed1",
+        _synthesize_arguments,
+        _synthesize,
+    ),
+    "evaluate": Verb(
+        "Score a synthetic set by training fresh networks on it.",
+        "  dsdistill evaluate runs/dm --data digits --protocol dsa --epochs 300 --repeats 5\n"
+        "  dsdistill evaluate runs/dm --data digits --baselines random whole --out score.json",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+}

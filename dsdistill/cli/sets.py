@@ -1,0 +1,156 @@
+"""Verbs on saved sets: inspect, verify, export, import."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from dsdistill.cli.options import Verb, path_arguments, say, summary
+from dsdistill.errors import BadArtifact, InvalidSetting
+
+
+def _inspect(config: Namespace) -> Any:
+    import dsdistill as dd
+
+    synthetic = dd.SyntheticDataset.load(config.path)  # checks every byte
+    recipe = synthetic.recipe
+    lines = [
+        repr(synthetic),
+        f"classes        {', '.join(synthetic.classes[:20])}{' ...' if len(synthetic.classes) > 20 else ''}",
+        f"normalization  {synthetic.normalization}",
+        f"source         {recipe.source.get('name')}, fingerprint {recipe.source.get('fingerprint')}",
+        f"seed           {recipe.seed}",
+        f"method         {recipe.method.get('type')}",
+        *(f"setting        {key} = {value}" for key, value in recipe.method.items() if key != "type"),
+        *(f"version        {name} {number}" for name, number in recipe.versions.items()),
+        *(f"note           {note}" for note in recipe.notes),
+        "all files match their sha256",
+    ]
+    say(config, "\n".join(lines))
+    return summary(config.path)
+
+
+def _verify_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="Folder of a synthetic set, or of a run, finished or not.")
+
+
+def _verify(config: Namespace) -> Any:
+    from dsdistill.engine.verify import verify
+
+    findings = verify(config.path)
+    say(config, "\n".join(f"{'DAMAGED' if f.problem else 'whole  '}  {f.what:<18}  {f.path}" for f in findings))
+    problems = [finding.problem for finding in findings if finding.problem]
+    if problems:
+        raise BadArtifact(config.path, f"{len(problems)} of {len(findings)} parts are damaged: {'; '.join(problems)}")
+    return [{"path": str(finding.path), "what": finding.what, "whole": True} for finding in findings]
+
+
+def _export_arguments(parser: ArgumentParser) -> None:
+    path_arguments(parser)
+    parser.add_argument(
+        "--format",
+        type=str,
+        default="folder",
+        help="folder: PNG files by class, 8 bits; npz: arrays, images standardised as networks take them; "
+        "pt: images.pt and labels.pt; parquet: as Hugging Face data sets, 8 bits.",
+    )
+    parser.add_argument(
+        "--out", type=Path | None, default=None, help="Target; by default beside the set, named after it."
+    )
+
+
+def _export(config: Namespace) -> Any:
+    import dsdistill as dd
+
+    suffix = {"folder": "-images", "pt": "-pt"}.get(config.format, f".{config.format}")
+    target = config.out or config.path.resolve().with_name(config.path.resolve().name + suffix)
+    report = dd.SyntheticDataset.load(config.path).export(target, config.format)
+    say(
+        config,
+        f"{report.images} images in {report.path}; {100 * report.clipped:.2f} % of values were outside [0, 1] and "
+        f"clipped, 8-bit rounding changed the others by at most {report.rounding:.4f}",
+    )
+    return {**report._asdict(), "path": str(report.path)}
+
+
+def _import_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="The .pt file, or a folder with images.pt and labels.pt.")
+    parser.add_argument("--out", type=Path, required=True, help="Folder for the set.")
+    parser.add_argument("--labels", type=Path | None, default=None, help="The .pt file of the labels, if apart.")
+    parser.add_argument("--lr", type=Path | None, default=None, help="The .pt file of a learned step size.")
+    parser.add_argument("--which", type=int, default=0, help="Which set of several in the file, counted from 0.")
+    parser.add_argument(
+        "--normalization",
+        type=str | None,
+        default=None,
+        help="How the pixels were standardised: as published for cifar10, svhn, ...; unit if they are in 0..1.",
+    )
+    parser.add_argument("--source", type=str, default="unknown", help="Name of the real data, for the record.")
+    parser.add_argument("--channels", type=int, default=3, help="Of the images; only unit needs to know.")
+    parser.add_argument("--mean", type=list[float] | None, default=None, help="Or the means, as [0.5, 0.4, 0.3].")
+    parser.add_argument("--std", type=list[float] | None, default=None, help="And the standard deviations.")
+    parser.add_argument("--classes", type=list[str], required=True, help="Class names in label order, as [cat, dog].")
+
+
+def _import(config: Namespace) -> Any:
+    import dsdistill as dd
+
+    made = dd.import_published(
+        config.path,
+        normalization=_stated(config),
+        classes=config.classes,
+        labels=config.labels,
+        lr=config.lr,
+        which=config.which,
+        source=config.source,
+    )
+    made.save(config.out)
+    say(config, f"{made!r}\nsaved in {config.out}")
+    return summary(config.out)
+
+
+def _stated(config: Namespace) -> Any:
+    """The normalisation that the user states: a file of tensors does not know it."""
+    from dsdistill.data import Normalization, published_normalization
+
+    numbers = config.mean is not None and config.std is not None
+    if numbers == (config.normalization is not None):
+        raise InvalidSetting(
+            "normalization",
+            config.normalization,
+            "state it by name (--normalization cifar10, or unit for pixels in 0..1) or by numbers (--mean and --std)",
+        )
+    if numbers:
+        return Normalization(tuple(config.mean), tuple(config.std))
+    if config.normalization != "unit":
+        return published_normalization(config.normalization)
+    return Normalization((0.0,) * config.channels, (1.0,) * config.channels)
+
+
+VERBS = {
+    "inspect": Verb(
+        "Check a synthetic set and say what it is and how it was made.",
+        "  dsdistill inspect runs/dm",
+        path_arguments,
+        _inspect,
+    ),
+    "verify": Verb(
+        "Check every byte of a set, or of a run with its checkpoints.",
+        "  dsdistill verify runs/dm",
+        _verify_arguments,
+        _verify,
+    ),
+    "export": Verb(
+        "Write a synthetic set for other programs.",
+        "  dsdistill export runs/dm --format folder --out dm-images\n  dsdistill export runs/dm --format npz",
+        _export_arguments,
+        _export,
+    ),
+    "import": Verb(
+        "Take over a set that a paper published as .pt tensors (read without executing anything).",
+        "  dsdistill import res_DM_CIFAR10_ConvNet_10ipc.pt --normalization cifar10 --out sets/dm \\\n"
+        "      --classes '[airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]'",
+        _import_arguments,
+        _import,
+    ),
+}

@@ -1,0 +1,124 @@
+"""Verbs on saved sets, and what a run says before it starts."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dsdistill import SyntheticDataset
+from dsdistill.cli.main import main
+
+SMALL = ["--method", "DM", "--method.ipc", "1", "--method.iterations", "3", "--method.real_batch", "4"]
+NETWORK = ["--method.network.width", "8"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for base, name in ((40, "cats"), (160, "dogs")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(base, base + 50, (8, 8, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def saved(images, tmp_path):
+    assert (
+        run("synthesize", "--data", images, "--method", "RandomReal", "--method.ipc", 1, "--out", tmp_path / "set") == 0
+    )
+    return tmp_path / "set"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def test_verify_tells_damage_from_what_is_whole(saved, capsys):
+    assert run("verify", saved) == 0
+    assert "DAMAGED" not in capsys.readouterr().out
+    assert run("verify", saved, "--json") == 0
+    assert all(entry["whole"] for entry in json.loads(capsys.readouterr().out))
+    (saved / "grid.png").write_bytes(b"x")
+    assert run("verify", saved) == 6
+    said = capsys.readouterr()
+    assert next(line for line in said.out.splitlines() if line.startswith("DAMAGED")).endswith("grid.png")
+    assert "1 of 6 parts are damaged" in said.err
+
+
+@pytest.mark.parametrize("format", ["pt", "parquet", "npz", "folder"])
+def test_every_format_is_exported_beside_the_set(format, saved, capsys):
+    if format == "parquet":
+        pytest.importorskip("datasets", reason="the extra hub is not installed")
+    assert run("export", saved, "--format", format, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == 2
+    name = {"pt": "set-pt", "folder": "set-images"}.get(format, f"set.{format}")
+    assert report["path"].endswith(name)
+
+
+def test_an_exported_set_comes_back(saved, tmp_path, capsys):
+    original = SyntheticDataset.load(saved)
+    assert run("export", saved, "--format", "pt", "--out", tmp_path / "pt") == 0
+    statistics = ["--mean", list(original.normalization.mean), "--std", list(original.normalization.std)]
+    names = ["--classes", "[cats, dogs]", "--source", "pets"]
+    assert run("import", tmp_path / "pt", *statistics, *names, "--out", tmp_path / "back") == 0
+    back = SyntheticDataset.load(tmp_path / "back")
+    assert torch.equal(back.tensors()[0], original.tensors()[0])
+    assert (back.classes, back.normalization) == (original.classes, original.normalization)
+    assert back.recipe.source["name"] == "pets"
+
+
+def test_an_import_must_say_how_pixels_were_standardised(saved, tmp_path, capsys):
+    run("export", saved, "--format", "pt", "--out", tmp_path / "pt")
+    names = ["--classes", "[cats, dogs]", "--out", tmp_path / "back"]
+    for stated in ([], ["--normalization", "cifar10", "--mean", "[0,0,0]", "--std", "[1,1,1]"]):
+        assert run("import", tmp_path / "pt", *names, *stated) == 2
+        assert "state it by name" in capsys.readouterr().err
+    assert run("import", tmp_path / "pt", *names, "--normalization", "cifar") == 2
+    assert "did you mean 'cifar10'" in capsys.readouterr().err
+    assert run("import", tmp_path / "pt", *names, "--normalization", "unit") == 0
+    assert SyntheticDataset.load(tmp_path / "back").normalization.std == (1.0, 1.0, 1.0)
+
+
+def test_a_pickle_is_refused(tmp_path, capsys):
+    (tmp_path / "x.pt").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    options = ["--normalization", "unit", "--classes", "[a]", "--out", tmp_path / "out"]
+    assert run("import", tmp_path / "x.pt", *options) == 6
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_estimates_and_writes_nothing(images, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("synthesize", "--data", images, *SMALL, *NETWORK, "--out", out, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()] == ["DM", "time", "memory", "disk", "chunk"]
+    assert not out.exists()
+    assert run("synthesize", "--data", images, *SMALL, *NETWORK, "--out", out, "--dry-run", "--json") == 0
+    cost = json.loads(capsys.readouterr().out)
+    assert (cost["steps"], cost["method"]) == (3, "DM")
+
+
+def test_a_table_across_networks_and_classes(images, saved, tmp_path, capsys):
+    options = ["--epochs", 2, "--repeats", 2, "--networks", "mlp", "convnet", "--together", 2, "--per_class"]
+    assert run("evaluate", saved, "--data", images, *options, "--out", tmp_path / "across.json") == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line.startswith(("mlp", "convnet"))] == ["mlp", "convnet"]
+    assert said.count("accuracy of each class") == 2
+    assert len(json.loads((tmp_path / "across.json").read_text())["results"]) == 2
+    assert run("evaluate", saved, "--data", images, "--networks", "mlp", "--network.name", "mlp") == 2
+    assert run("evaluate", saved, "--data", images, "--networks", "mlpp") == 2
+    assert "did you mean 'mlp'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", [["Tiled"], ["Tiled", "--method.form.factor", "4"], ["Plain"]])
+def test_the_form_of_a_set_is_a_setting(form, images, tmp_path, capsys):
+    options = [*SMALL, *NETWORK, "--method.on_small_class", "duplicate", "--method.form", *form]
+    assert run("synthesize", "--data", images, *options, "--out", tmp_path / "out") == 0
+    made = SyntheticDataset.load(tmp_path / "out")
+    assert len(made) == 2 * {"Plain": 1, "Tiled": 4, "4": 16}[form[-1]]
+    assert made.nbytes.images >= 2 * 3 * 8 * 8 * 4
