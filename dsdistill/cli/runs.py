@@ -62,7 +62,9 @@ def _synthesize(config: Namespace) -> Any:
         chunk=config.chunk,
     )
     loading = [
-        f"--load.{name}={value}" for name, value in vars(config.load).items() if value != getattr(LoadOptions, name)
+        f"--load.{name}={list(value) if isinstance(value, tuple) else value}"
+        for name, value in vars(config.load).items()
+        if value != getattr(LoadOptions, name)
     ]
     command = shlex.join(["dsdistill", "evaluate", str(config.out), "--data", config.data, *loading])
     say(config, f"{synthetic!r}\nsaved in {config.out}; score it with: {command}")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dsdistill.data.dataset import from_dataset
     from dsdistill.data.hub import from_hub
     from dsdistill.data.normalize import Normalization
+    from dsdistill.data.duplicates import overlap
     from dsdistill.data.source import Batch, ImageSource
     from dsdistill.data.whitening import whiten
 
@@ -28,6 +29,7 @@ _NAMES = {
     "from_hub": "hub",
     "list_datasets": "catalog",
     "load": "catalog",
+    "overlap": "duplicates",
     "published_normalization": "catalog",
     "register_dataset": "catalog",
     "whiten": "whitening",
@@ -42,6 +44,7 @@ __all__ = [
     "from_hub",
     "list_datasets",
     "load",
+    "overlap",
     "published_normalization",
     "register_dataset",
     "whiten",

@@ -6,7 +6,7 @@ Nothing here needs torch: the processes start fast and stay small.
 import hashlib
 import shutil
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ def write(block: Block) -> Written:
             while left:
                 left = left[file.write(left) :]
     except OSError as error:
-        if error.errno not in (ENOSPC, EDQUOT):
+        if error.errno not in (ENOSPC, EDQUOT, EFBIG):
             raise
         raise OutOfSpace(block.target, rows.nbytes, shutil.disk_usage(block.target.parent).free) from None
     return Written(hashlib.sha256(rows.data).hexdigest(), bad)

@@ -14,7 +14,6 @@ what the files hold, their classes and names and how they are decoded; where the
 may be deleted while no process uses it; nothing is deleted by itself.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -166,7 +165,7 @@ def _built(blocks: Blocks, where: str, bad_images: BadImages, workers: int | Non
         Blocks.clear(folder)  # the mend changes the key, or needs the space
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in storage.FULL:
             raise
         Blocks.clear(folder)
         raise OutOfSpace(folder, blocks.total, shutil.disk_usage(folder).free) from None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory
 from dsdistill.core.rng import Rng, seed_global
-from dsdistill.data import ImageSource
+from dsdistill.data import ImageSource, overlap
 from dsdistill.errors import DistillError, Diverged, OutOfMemory
 from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train, train_together
@@ -39,10 +39,21 @@ class Scorer:
     def __post_init__(self) -> None:
         self.chunk = default_chunk(self.real.shape, self.device)
         self.test = self.real.test.to(self.device)
+        self._warn_of_overlap()
         self.held: ImageSource | None = None
         if self.protocol.selection == "validation":
             generator = Rng(self.seed).at("validation")
             self.real, self.held = self.real.split(self.protocol.validation_fraction, generator)
+
+    def _warn_of_overlap(self) -> None:
+        shared = overlap(self.real, self.test).shared
+        if shared:
+            logger.warning(
+                "%d of the %d test images of %r are also training images: scores will be too high",
+                shared,
+                len(self.test),
+                self.real.name,
+            )
 
     def confusions(self, row: str, repeats: Sequence[int], epochs: int) -> Iterator[Tensor]:
         """The (K, K) confusion table of a fresh network for each repeat, trained together where there are several."""

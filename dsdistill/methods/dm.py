@@ -28,6 +28,8 @@ from dsdistill.engine import Job, Metrics, PerClass, Run, State
 from dsdistill.networks import Need, NetworkSpec, embed, has_batchnorm
 from dsdistill.objectives.distribution import class_sums, mean_distance
 
+_UNSPLIT = 4  # a class of up to so many chunks passes as one, which saves a forward pass
+
 
 @dataclass(frozen=True, kw_only=True)
 class DM(PerClass):
@@ -76,8 +78,11 @@ class DM(PerClass):
         sizes = state.images.multiplicity.new_zeros(len(run.classes)).index_add(0, owner, state.images.multiplicity)
         for part in _class_ranges(sizes, int(sizes.sum()) if whole else run.chunk):
             # The loss is a sum over classes, so its gradient may be taken range by range.
-            distance = mean_distance(target[part], self._synthetic_means(state, network, views, owner, part))
-            distance.backward()  # type: ignore[no-untyped-call]
+            if whole or int(sizes[part].sum()) <= _UNSPLIT * run.chunk:
+                distance = mean_distance(target[part], self._synthetic_means(state, network, views, owner, part))
+                distance.backward()  # type: ignore[no-untyped-call]
+            else:
+                distance = self._split_class(state, network, views, owner, part, target[part], run.chunk)
             loss += distance.detach()
         optimizer.step()
         state.images.constrain()
@@ -111,6 +116,35 @@ class DM(PerClass):
         counts = owner[stored].bincount(minlength=part.stop)[part]
         sums = self._sums(network, images, views, owner[stored], part)
         return sums / counts.to(sums, non_blocking=True)[:, None]
+
+    def _split_class(
+        self,
+        state: State,
+        network: nn.Module,
+        views: Views | None,
+        owner: Tensor,
+        part: slice,
+        target: Tensor,
+        chunk: int,
+    ) -> Tensor:
+        """The loss of one class too large to pass at once, and its gradient, at the cost of a second forward pass.
+
+        With s the sum of the n features and t the target, the gradient of ‖ s/n − t ‖² in s is 2 (s/n − t) / n: once
+        it is known, every chunk of images can be differentiated on its own.
+        """
+        items, multiplicity = (owner == part.start).nonzero().flatten(), state.images.multiplicity
+        count = int(multiplicity[items].sum())
+        groups = torch.split(items, max(1, chunk // int(multiplicity[items].max())))
+
+        def sums(group: Tensor) -> Tensor:
+            images, stored = state.images.decode(group)
+            return self._sums(network, images, views, owner[stored], part)
+
+        with torch.no_grad():
+            gap = torch.stack([sums(group) for group in groups]).sum(0) / count - target
+        for group in groups:
+            (sums(group) * (2 * gap / count)).sum().backward()  # type: ignore[no-untyped-call]
+        return gap.square().sum()
 
     def _sums(self, network: nn.Module, images: Tensor, views: Views | None, owner: Tensor, part: slice) -> Tensor:
         """(K', D) sums of the features of each class in ``part``; ``owner`` (M,) is the class position of an image."""

@@ -243,6 +243,20 @@ def test_a_set_made_from_other_images_is_scored_with_a_warning(synthetic, source
     assert "fingerprints differ" in record.getMessage()
 
 
+def test_test_images_that_were_trained_on_are_noticed(synthetic, source, caplog):
+    run(synthetic, source, repeats=1)
+    assert not caplog.records
+    leaky = ImageSource(
+        "leaky",
+        source.classes,
+        source.images,
+        source.targets,
+        open_test=lambda: source.train_only().subset([0, 1, 12, 24]),
+    )
+    run(synthetic, leaky, repeats=1)
+    assert "4 of the 4 test images of 'leaky' are also training images" in caplog.text
+
+
 def test_a_source_without_test_split_is_refused(synthetic, source, trained):
     alone = ImageSource("alone", source.classes, source.images, source.targets)
     for closed in (alone, source.train_only()):

@@ -14,8 +14,10 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run
 from dsdistill.errors import InvalidSetting
 from dsdistill.methods import DM
+from dsdistill.methods import dm as dm_module
 from dsdistill.methods.dm import _class_ranges
 from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Plain, Tiled
 
 SMALL = NetworkSpec(width=4, depth=2)
 BATCHED = replace(SMALL, norm="batch")
@@ -250,6 +252,41 @@ def test_chunks_change_nothing(chunk, source):
     check_step(replace(PLAIN, augmentation=Siamese()), run_of(source, chunk=chunk))
 
 
+def record_sizes(monkeypatch, sizes):
+    """Note how many images pass the network at a time."""
+    embed = dm_module.embed
+    monkeypatch.setattr(dm_module, "embed", lambda network, images: sizes.append(len(images)) or embed(network, images))
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+@pytest.mark.parametrize("form", [Plain(), Tiled(factor=2)], ids=["pixels", "tiles"])
+def test_a_class_too_large_to_pass_at_once_is_split(form, chunk, source, monkeypatch):
+    method = replace(PLAIN, augmentation=Siamese(), ipc=9, form=form, on_small_class="duplicate")
+    run, sizes = run_of(source, chunk=chunk), []
+    whole = start(method, run)
+    metrics = method.step(run_of(source), whole, 0)
+    embedded = dm_module.embed
+    monkeypatch.setattr(
+        dm_module, "embed", lambda network, images: sizes.append(len(images)) or embedded(network, images)
+    )
+    split = start(method, run)
+    torch.testing.assert_close(method.step(run, split, 0)["loss"], metrics["loss"], rtol=1e-5, atol=0)
+    gradient = whole.images.pixels.grad
+    torch.testing.assert_close(split.images.pixels.grad, gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()))
+    assert max(sizes) <= max(chunk, int(split.images.multiplicity.max()))
+
+
+def test_a_class_of_a_few_chunks_is_not_split(source, monkeypatch):
+    method, sizes = replace(PLAIN, ipc=8, real_batch=1), []
+    run = run_of(source, chunk=2)
+    embedded = dm_module.embed
+    monkeypatch.setattr(
+        dm_module, "embed", lambda network, images: sizes.append(len(images)) or embedded(network, images)
+    )
+    method.step(run, start(method, run), 0)
+    assert sizes == [2, 1, 8, 8, 8]  # the real images, then each class as a whole
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 6, 1000])
 def test_chunks_change_nothing_where_classes_differ_in_size(chunk, source):
     uneven = source.subset([*range(2), *range(12, 13), *range(24, 36)])
@@ -274,7 +311,6 @@ def test_chunks_change_nothing_where_classes_differ_in_size(chunk, source):
 )
 def test_ranges_of_classes_fill_a_chunk_and_never_split_a_class(budget, chunk, ranges):
     assert [(part.start, part.stop) for part in _class_ranges(torch.tensor(budget), chunk)] == ranges
-
 
 
 # Batch normalisation -----------------------------------------------------------------------------------------
