@@ -75,6 +75,21 @@ def _speed(result: Json) -> list[list[str]]:
     ]
 
 
+def _together(result: Json) -> list[list[str]]:
+    return [row[1:] for row in _speed(result)]
+
+
+def _estimates(result: Json) -> list[list[str]]:
+    def sizes(case: Json, name: str, unit: float) -> list[str]:
+        said, took = case[f"{name}_estimated"] / unit, case[f"{name}_measured"] / unit
+        return [f"{said:,.3g}", f"{took:,.3g}", f"{100 * (said / took - 1):+.0f} %"]
+
+    return [
+        [case["label"], *sizes(case, "memory", 2**20), *sizes(case, "seconds", 1), *sizes(case, "disk", 2**20)]
+        for case in result["cases"]
+    ]
+
+
 def _quality(result: Json) -> list[list[str]]:
     rows = result["rows"]
     figures = [_percent(rows[row]["accuracy"]) if row in rows else "" for row in ("synthetic", "random", "whole")]
@@ -100,6 +115,25 @@ def _resume(result: Json) -> list[list[str]]:
     ]
 
 
+def _memory(result: Json) -> list[list[str]]:
+    settings, growth = result["settings"], result["growth"]
+    draws = f"{settings['draws']} draws of {settings['classes']} x {settings['per_class']}"
+    return [
+        [
+            f"{result['title']}; {draws}",
+            f"{point['images']:,}",
+            f"{point['file_mib']:,.0f}",
+            f"{result['baseline_mib']:.0f}",
+            *(
+                f"**{point[f'{name}_peak_mib']:.0f}**"
+                + (f" ({growth[name]['bytes_per_image']:+.0f} B/image)" if last else "")
+                for name in ("build", "draw")
+            ),
+        ]
+        for point, last in ((point, point is result["points"][-1]) for point in result["points"])
+    ]
+
+
 _TABLES = {
     "quality": (
         "Test accuracy in %, ± half of the 95 % interval over networks:",
@@ -110,6 +144,21 @@ _TABLES = {
         "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",
         ["what", "setting", "plain loops", "dsdistill", "median ratio (range)", "n"],
         _speed,
+    ),
+    "together": (
+        "Evaluator: several networks trained one by one and as one stacked computation, seconds for all of them:",
+        ["what", "one by one", "together", "median ratio (range)", "n"],
+        _together,
+    ),
+    "estimate": (
+        "What `--dry-run` says and what the run takes: peak memory in MiB, seconds, MiB on disk:",
+        ["DM", "memory said", "taken", "off by", "seconds said", "taken", "off by", "disk said", "taken", "off by"],
+        _estimates,
+    ),
+    "memory": (
+        "Peak memory in MiB over the number of images:",
+        ["what", "images", "decoded", "after imports", "building the cache", "drawing from it"],
+        _memory,
     ),
     "resume": ("Runs killed with SIGKILL and started again:", ["what", "when", "outcome", "n"], _resume),
 }

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator,
 
 from dsdistill.core import storage
 from dsdistill.evaluation import Score as Statistics
-from dsdistill.synthetic import library_versions
+from dsdistill.recipe import library_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -219,8 +219,94 @@ class Resume(Record):
         return self
 
 
-Result = Annotated[Speed | Quality | Resume, Field(discriminator="kind")]
-_RESULT: TypeAdapter[Speed | Quality | Resume] = TypeAdapter(Result)
+class Growth(_Strict):
+    """Bytes of peak memory per image between the smallest and the largest set."""
+
+    images: list[Annotated[int, Field(ge=1)]]
+    peak_mib: list[Positive]
+    bytes_per_image: float
+
+    @classmethod
+    def of(cls, images: Sequence[int], peak_mib: Sequence[float]) -> Self:
+        """The growth over sets of so many images, ascending."""
+        return cls(images=list(images), peak_mib=list(peak_mib), bytes_per_image=_growth(images, peak_mib))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not _close((self.bytes_per_image,), (_growth(self.images, self.peak_mib),)):
+            raise ValueError("bytes_per_image does not follow from images and peaks")
+        return self
+
+
+class MemoryPoint(_Strict):
+    """A set of so many images. Peaks are of resident memory; ``worker`` is the largest decoding process."""
+
+    images: Annotated[int, Field(ge=1)]
+    file_mib: Positive
+    build_seconds: Positive
+    build_peak_mib: Positive
+    worker_peak_mib: Annotated[float, Field(ge=0)]
+    open_seconds: Positive
+    draw_seconds: Positive
+    pass_seconds: Positive
+    draw_peak_mib: Positive
+
+
+class Memory(Record):
+    """Peak memory over the size of the data. ``baseline_mib`` is that of a process that only imported the package."""
+
+    kind: Literal["memory"] = "memory"
+    settings: dict[str, Any]
+    baseline_mib: Positive
+    points: Annotated[list[MemoryPoint], Field(min_length=2)]
+    growth: dict[Literal["build", "draw"], Growth]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, growth in self.growth.items():
+            peaks = [getattr(point, f"{name}_peak_mib") for point in self.points]
+            if growth.images != [point.images for point in self.points] or growth.peak_mib != peaks:
+                raise ValueError(f"the growth of {name!r} is not that of the points")
+        return self
+
+
+class Together(Record):
+    """Several networks trained one by one (a) and as one stacked computation (b), on equal data and seeds.
+
+    ``largest_difference`` of any trained parameter between the two, relative to the largest parameter; ``other_load``
+    as in `Speed`.
+    """
+
+    kind: Literal["together"] = "together"
+    other_load: Annotated[float, Field(ge=0)]
+    largest_difference: Annotated[float, Field(ge=0, le=0.05)]
+    comparisons: Annotated[list[Comparison], Field(min_length=1)]
+
+
+class EstimateCase(_Strict):
+    """One run: what was said of it beforehand, and what it took. Bytes and seconds; ``disk`` at its fullest."""
+
+    label: str
+    settings: dict[str, Any]
+    chunk: Annotated[int, Field(ge=1)]
+    memory_estimated: Positive
+    memory_measured: Positive
+    seconds_estimated: Positive
+    seconds_measured: Positive
+    disk_estimated: Positive
+    disk_measured: Positive
+
+
+class Estimates(Record):
+    """Estimates of a rehearsal beside the runs themselves, each in a process of its own."""
+
+    kind: Literal["estimate"] = "estimate"
+    cases: Annotated[list[EstimateCase], Field(min_length=1)]
+
+
+AnyResult = Speed | Quality | Resume | Memory | Estimates | Together
+Result = Annotated[AnyResult, Field(discriminator="kind")]
+_RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
 
 
 def write_result(
@@ -246,7 +332,7 @@ def write_result(
     storage.write_json(path, result.model_dump(mode="json"))
 
 
-def read_result(path: Path) -> Speed | Quality | Resume:
+def read_result(path: Path) -> AnyResult:
     """Read and check a result.
 
     Raises:
@@ -300,6 +386,12 @@ def _cpu_model() -> str:
 def _ratios(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float]:
     ratios = [first / second for first, second in zip(a, b, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def _growth(images: Sequence[int], peak_mib: Sequence[float]) -> float:
+    if len(images) < 2 or len(images) != len(peak_mib) or list(images) != sorted(set(images)):
+        raise ValueError("growth needs two sets or more, ascending, and a peak for each")
+    return (peak_mib[-1] - peak_mib[0]) * 2**20 / (images[-1] - images[0])
 
 
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:
