@@ -93,6 +93,11 @@ def evaluate(
     tables: dict[str, Tensor] = {}
     seconds = dict.fromkeys(rows, 0.0)
     logger.info("scoring: %d networks for each of %s, protocol %s", repeats, ", ".join(rows), protocol.title)
+    if "lr" in synthetic.learned:
+        rate = float(synthetic.learned["lr"].flatten()[0])
+        logger.warning(
+            "the set carries a learned step size (%.4g), which protocol %s does not use", rate, protocol.name
+        )
     if resolved.type == "cuda":
         torch.cuda.reset_peak_memory_stats(resolved)
     with (

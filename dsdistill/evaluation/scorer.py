@@ -15,6 +15,7 @@ from dsdistill.data import ImageSource, overlap
 from dsdistill.errors import DistillError, Diverged, OutOfMemory
 from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train, train_together
+from dsdistill.networks import has_batchnorm
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")
@@ -38,6 +39,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         self.chunk = default_chunk(self.real.shape, self.device)
+        self._whole = False  # batch normalisation couples a mini-batch, so smaller chunks are no way out
         self.test = self.real.test.to(self.device)
         self._warn_of_overlap()
         self.held: ImageSource | None = None
@@ -89,10 +91,11 @@ class Scorer:
                 if isinstance(error, DistillError) or not is_out_of_memory(error):
                     raise
                 failure = error.with_traceback(None)  # its frames hold tensors
-            if self.chunk == 1 or len(data) > 1:
+            if self.chunk == 1 or len(data) > 1 or self._whole:
                 knob = "Lower together" if len(data) > 1 else "Take a smaller batch_size or network"
                 what = f"training of {protocol.network.name}"
-                raise OutOfMemory(what, self.chunk, str(failure), f"{knob}, or a device with more memory.") from failure
+                held = protocol.batch_size if self._whole else self.chunk
+                raise OutOfMemory(what, held, str(failure), f"{knob}, or a device with more memory.") from failure
             self.chunk //= 2
             release_memory(self.device)
             logger.warning("memory ran out: %d images pass the network at a time from now on (%s)", self.chunk, failure)
@@ -100,6 +103,7 @@ class Scorer:
     def _train(self, protocol: EvaluationProtocol, data: list[TrainingSet], rngs: list[Rng]) -> list[nn.Module]:
         shape, classes, mirror_safe = self.real.shape, self.real.num_classes, self.real.mirror_safe
         networks = [fresh_network(protocol, shape, classes, rng) for rng in rngs]
+        self._whole = has_batchnorm(networks[0])
         seed_global(rngs[0].integer("global"), self.device)
         if len(networks) > 1:
             train_together(networks, data, protocol, rngs, num_classes=classes, mirror_safe=mirror_safe)

@@ -4,7 +4,7 @@ One network is trained by `train`; several of one make by `train_together`, as o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,11 +132,11 @@ def train_together(
 ) -> None:
     """Train several networks of one make in place, each on its own data and streams, as one stacked computation.
 
-    Equal to `train` on each but for rounding. Worth it where one network leaves the device idle.
+    What each predicts equals `train` on each but for rounding. Worth it where one network leaves the device idle.
 
     Raises:
-        InvalidSetting: the networks have batch normalisation, whose running statistics cannot be stacked, or the
-            sets differ in size.
+        InvalidSetting: the networks have batch normalisation, whose running statistics cannot be stacked, or draw
+            random numbers (dropout), or the sets differ in size.
     """
     base = networks[0]
     if has_batchnorm(base):
@@ -158,7 +158,7 @@ def train_together(
         optimizer.param_groups[0]["lr"] = protocol.learning_rate(batches[0].epoch)
         optimizer.zero_grad()
         images = torch.stack([batch.images for batch in batches])
-        logits = vmap(forward)(parameters, buffers, images)
+        logits = _stacked(forward, parameters, buffers, images)
         # Each network's own mean over its batch; the sum of the losses has each network's own gradient.
         loss = cross_entropy(logits.flatten(0, 1), _targets(batches, num_classes), reduction="sum") / images.shape[1]
         loss.backward()  # type: ignore[no-untyped-call]
@@ -167,6 +167,17 @@ def train_together(
         for position, network in enumerate(networks):
             for name, parameter in network.named_parameters():
                 parameter.copy_(parameters[name][position])
+
+
+def _stacked(forward: Callable[..., Tensor], parameters: Any, buffers: Any, images: Tensor) -> Tensor:
+    try:
+        logits: Tensor = vmap(forward)(parameters, buffers, images)
+    except RuntimeError as error:
+        if "random operation" not in str(error):
+            raise
+        allowed = "networks that draw random numbers when they run (dropout) are trained one by one"
+        raise InvalidSetting("together", len(images), allowed) from error
+    return logits
 
 
 def _targets(batches: Sequence[_Batch], num_classes: int) -> Tensor:

@@ -1,5 +1,5 @@
 """Residual networks that pool averages where others stride (Zhao, Mopuri & Bilen, arXiv 2006.05929; Kim et al., IDC,
-arXiv 2205.14959, whose ResNetAP-10 this is)."""
+arXiv 2205.14959, whose ResNetAP-10 for ImageNet this is)."""
 
 from torch import Tensor, nn
 
@@ -107,6 +107,7 @@ class ResNetAP10(Network):
 
     The stem is a conv 3x3 for images up to 64 pixels, a conv 3x3 and a mean over 2x2 up to 128, and a conv 7x7 and a
     mean over 4x4 above; the larger side decides. Convolutions are `FanOutConv2d` and have biases only without norms.
+    (For CIFAR the authors' class is half as wide.)
 
     Args:
         shape: ``(C, H, W)`` of one image, at least 8 pixels each way; 16 where the stem halves, 32 where it quarters.

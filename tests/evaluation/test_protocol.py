@@ -29,7 +29,8 @@ def test_named_protocols_are_the_published_rows(name, epochs, views):
 
 def test_the_rows_of_datadam_and_fyi_differ_from_dsa_in_a_word():
     dsa = get_protocol("dsa")
-    assert replace(get_protocol("datadam"), name="dsa", epochs=1000, batch_size=256) == dsa
+    assert get_protocol("datadam").network == NetworkSpec(norm="batch")
+    assert replace(get_protocol("datadam"), name="dsa", epochs=1000, batch_size=256, network=NetworkSpec()) == dsa
     assert get_protocol("datadam").epochs == 1800
     assert [stage.ops for stage in get_protocol("fyi").augmentation.stages] == [
         ("flip",),

@@ -444,7 +444,15 @@ def test_networks_trained_together_score_as_one_by_one(together, synthetic, sour
     assert stacked.to_json()["device"]["together"] == together
 
 
-def test_what_cannot_be_trained_together_is_refused(synthetic, source):
+def test_a_learned_step_size_that_is_not_used_is_said_to_be(synthetic, source, caplog):
+    run(replace(synthetic, learned={"lr": torch.tensor(0.03)}), source, repeats=1)
+    assert "learned step size (0.03), which protocol quick does not use" in caplog.text
+
+
+def test_what_cannot_be_trained_together_is_refused(synthetic, source, monkeypatch):
+    monkeypatch.setattr(spec_module, "_registered", {"dropping": lambda shape, classes: Dropping()})
+    with pytest.raises(InvalidSetting, match=r"together = 2.*dropout"):
+        run(synthetic, source, protocol=replace(QUICK, network=NetworkSpec("dropping")), together=2)
     batch = replace(QUICK, network=NetworkSpec(width=4, depth=1, norm="batch"))
     with pytest.raises(InvalidSetting, match="batch normalisation are trained one by one"):
         run(synthetic, source, protocol=batch, together=2)
@@ -472,6 +480,20 @@ def test_training_that_runs_out_of_memory_starts_again_with_smaller_chunks(synth
     assert chunks == [256, 128, 64, 64, 64, 64]
     assert "128 images pass" in caplog.text
     assert result.to_json()["device"]["chunk"] == 64
+
+
+def test_smaller_chunks_are_not_tried_where_a_batch_passes_whole(synthetic, source, monkeypatch):
+    calls = []
+
+    def hungry(*_, **__):
+        calls.append(1)
+        raise MemoryError("it is too much")
+
+    monkeypatch.setattr(scorer_module, "train", hungry)
+    batch = replace(QUICK, network=NetworkSpec(width=4, depth=1, norm="batch"))
+    with pytest.raises(OutOfMemory, match="with 4 images at a time"):
+        run(synthetic, source, protocol=batch)
+    assert len(calls) == 1
 
 
 def test_no_chunk_is_small_enough(synthetic, source, monkeypatch):
