@@ -134,6 +134,27 @@ def _memory(result: Json) -> list[list[str]]:
     ]
 
 
+def _sweep(result: Json) -> list[list[str]]:
+    kill, points = result["kill"], result["points"]
+    outcome = "same bytes and accuracies as uninterrupted" if result["equal"] else "**different**"
+    return [
+        [
+            result["title"] if first else "",
+            f"with {kill['cells_done']} of {result['cells']} cells done and {kill['steps']} steps of one"
+            if first
+            else "",
+            outcome if first else "",
+            point["method"],
+            str(point["ipc"]),
+            f"{point['bytes']:,}",
+            _percent(point["accuracy"]),
+            _percent(point["gain_over_random"], "+") if point["gain_over_random"] else "",
+            str(point["accuracy"]["n"]),
+        ]
+        for point, first in ((point, point is points[0]) for point in points)
+    ]
+
+
 _TABLES = {
     "quality": (
         "Test accuracy in %, ± half of the 95 % interval over networks:",
@@ -161,6 +182,11 @@ _TABLES = {
         _memory,
     ),
     "resume": ("Runs killed with SIGKILL and started again:", ["what", "when", "outcome", "n"], _resume),
+    "sweep": (
+        "A sweep killed with SIGKILL and continued; test accuracy in %, ± half of the 95 % interval over seeds:",
+        ["what", "killed", "outcome", "method", "IPC", "bytes", "accuracy", "gain over random", "seeds"],
+        _sweep,
+    ),
 }
 
 

@@ -304,7 +304,48 @@ class Estimates(Record):
     cases: Annotated[list[EstimateCase], Field(min_length=1)]
 
 
-AnyResult = Speed | Quality | Resume | Memory | Estimates | Together
+class SweepKill(_Strict):
+    """The SIGKILL: seconds after the start, cells done by then, and steps of the furthest cell under way."""
+
+    seconds: Positive
+    cells_done: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)]
+
+
+class SweepPoint(_Strict):
+    """A method at one budget; scores over synthesis seeds, each of which gives the mean of its networks."""
+
+    method: str
+    ipc: Annotated[int, Field(ge=1)]
+    bytes: Annotated[int, Field(ge=1)]
+    accuracy: Scores
+    gain_over_random: Scores | None
+
+
+class Sweep(Record):
+    """A grid of cells killed in the middle of one and continued, against one left alone; hashes by cell."""
+
+    kind: Literal["sweep"] = "sweep"
+    settings: dict[str, Any]
+    cells: Annotated[int, Field(ge=2)]
+    uninterrupted_seconds: Positive
+    kill: SweepKill
+    continued_seconds: Positive
+    equal: bool
+    uninterrupted: dict[Sha256, Sha256]
+    continued: dict[Sha256, Sha256]
+    points: Annotated[list[SweepPoint], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.equal != (self.uninterrupted == self.continued):
+            raise ValueError("'equal' contradicts the hashes")
+        if not len(self.uninterrupted) == len(self.continued) == self.cells > self.kill.cells_done:
+            raise ValueError("the numbers of cells do not fit together")
+        return self
+
+
+AnyResult = Speed | Quality | Resume | Memory | Estimates | Together | Sweep
 Result = Annotated[AnyResult, Field(discriminator="kind")]
 _RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
 

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsdistill import augmentations, data, errors, evaluation, methods, networks, testing
+    from dsdistill import augmentations, data, errors, evaluation, methods, networks, studies, testing
     from dsdistill.engine import Estimate, Synthesizer, estimate, synthesize
     from dsdistill.errors import DistillError
     from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, evaluate
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("augmentations", "data", "errors", "evaluation", "methods", "networks", "testing")
+_MODULES = ("augmentations", "data", "errors", "evaluation", "methods", "networks", "studies", "testing")
 _NAMES = {
     "DistillError": "errors",
     "Estimate": "engine",
@@ -56,6 +56,7 @@ __all__ = [
     "list_methods",
     "methods",
     "networks",
+    "studies",
     "synthesize",
     "testing",
 ]

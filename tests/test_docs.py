@@ -25,12 +25,15 @@ def test_the_method_of_contributing_keeps_the_contract(monkeypatch):
 
 def test_the_calls_of_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    calls, loader, _ = python_blocks("README.md")
+    calls, loader, _, study = python_blocks("README.md")
     for long, short in (("iterations=500", "iterations=1"), ("repeats=5", "repeats=1"), ("epochs=100", "epochs=1")):
         assert long in calls
         calls = calls.replace(long, short)
     names: dict[str, object] = {}
     exec(calls + loader, names)
+    quick = 'methods=["RandomReal"], ipc=(1, 2), seeds=2, epochs=1, repeats=1, workers=1, '
+    assert '["DM", "RandomReal"], ipc=(1, 10, 50), seeds=3, ' in study
+    exec(study.replace('["DM", "RandomReal"], ipc=(1, 10, 50), seeds=3, ', quick), names)
     assert "random real images" in capsys.readouterr().out
     images, targets = names["images"], names["targets"]
     assert images.dtype == torch.float32

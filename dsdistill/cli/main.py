@@ -11,11 +11,14 @@ from jsonargparse import ArgumentParser, Namespace
 from dsdistill import __version__
 from dsdistill.cli.parser import Parser
 from dsdistill.cli.verbs import VERBS
-from dsdistill.errors import DistillError, InvalidSetting
+from dsdistill.core import storage
+from dsdistill.core.device import is_out_of_memory
+from dsdistill.errors import DistillError, InvalidSetting, OutOfMemory, OutOfSpace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code (see `dsdistill.errors`)."""
+    _open_standard_streams()
     logging.basicConfig(format="dsdistill: %(message)s", level=logging.WARNING)
     logging.getLogger("dsdistill").setLevel(logging.INFO)
     parser = build_parser()
@@ -33,9 +36,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dsdistill: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 0
+    except (RuntimeError, MemoryError) as error:  # where no chunk could be made smaller: while loading, say
+        if not is_out_of_memory(error):
+            raise
+        print(f"dsdistill: out of memory ({error or type(error).__name__}); free some", file=sys.stderr)
+        return OutOfMemory.exit_code
+    except OSError as error:
+        if error.errno not in storage.FULL:
+            raise
+        _forget_output()
+        print(f"dsdistill: the disk is full ({error}); free space and run the same command again", file=sys.stderr)
+        return OutOfSpace.exit_code
     return 0
+
+
+def _open_standard_streams() -> None:
+    """Lead closed streams nowhere, lest a file of ours gets their number and the next message lands in it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+def _forget_output() -> None:
+    """What standard output still holds cannot be written; Python would try once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _instantiated(parser: ArgumentParser, config: Namespace) -> Namespace:

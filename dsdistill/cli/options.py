@@ -34,8 +34,8 @@ class LoadOptions:
     """Largest share of a split that may be skipped."""
     mirror_safe: bool | None = None
     """Whether a mirrored image keeps its class; null takes what is known of the dataset (folders: true)."""
-    zca: bool = False
-    """Whiten the standardised images (ZCA, eps 0.1, fitted on the train split)."""
+    zca: bool | Literal["unit"] = False
+    """Whiten the images (ZCA, eps 0.1, fitted on the train split): true when standardised, unit when in 0..1 (MTT)."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def say(config: Namespace, text: str) -> None:
         )
 
 
-def data_arguments(parser: ArgumentParser) -> None:
+def data_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
     """Which real images, and how to read them."""
     parser.add_argument(
         "--data",
-        type=str,
-        required=True,
+        type=str if required else str | None,
+        required=required,
         help="Name (digits, mnist, cifar10, ...) or image folder with train/ and val/ or test/.",
     )
     parser.add_class_arguments(LoadOptions, "load")

@@ -7,9 +7,42 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
+
+_load_yaml = get_loader("yaml")
+
+
+_DEEPEST = 50  # levels of a configuration; settings have less than ten
+_OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
+def _load_plain_yaml(text: str) -> Any:
+    """YAML in which everything is written out, and nothing is deep.
+
+    A few aliases of aliases would make terabytes of a small file.
+    """
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):
+            raise yaml.YAMLError("aliases (*name) are not read: write the value out")
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"nested deeper than {_DEEPEST} levels")
+    try:
+        return _load_yaml(text)
+    except ValueError as error:  # an integer of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
+
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_loader("yaml", _load_plain_yaml, exceptions=(yaml.YAMLError,))
 
 
 class HelpFormatter(DefaultHelpFormatter):

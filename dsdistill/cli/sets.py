@@ -1,11 +1,11 @@
 """Verbs on saved sets: inspect, verify, export, import."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dsdistill.cli.options import Verb, path_arguments, say, summary
+from dsdistill.cli.options import Verb, data_arguments, load_source, path_arguments, say, summary
 from dsdistill.errors import BadArtifact, InvalidSetting
 
 
@@ -76,55 +76,74 @@ def _export(config: Namespace) -> Any:
 def _import_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="The .pt file, or a folder with images.pt and labels.pt.")
     parser.add_argument("--out", type=Path, required=True, help="Folder for the set.")
-    parser.add_argument("--labels", type=Path | None, default=None, help="The .pt file of the labels, if apart.")
-    parser.add_argument("--lr", type=Path | None, default=None, help="The .pt file of a learned step size.")
-    parser.add_argument("--which", type=int, default=0, help="Which set of several in the file, counted from 0.")
+    data_arguments(parser, required=False)
     parser.add_argument(
         "--normalization",
         type=str | None,
         default=None,
-        help="How the pixels were standardised: as published for cifar10, svhn, ...; unit if they are in 0..1.",
+        help="How the pixels were standardised: as published for cifar10, svhn, ...; default: as --data is.",
     )
-    parser.add_argument("--source", type=str, default="unknown", help="Name of the real data, for the record.")
-    parser.add_argument("--channels", type=int, default=3, help="Of the images; only unit needs to know.")
     parser.add_argument("--mean", type=list[float] | None, default=None, help="Or the means, as [0.5, 0.4, 0.3].")
     parser.add_argument("--std", type=list[float] | None, default=None, help="And the standard deviations.")
-    parser.add_argument("--classes", type=list[str], required=True, help="Class names in label order, as [cat, dog].")
+    parser.add_argument(
+        "--classes", type=list[str] | None, default=None, help="Class names in label order; default: those of --data."
+    )
+    parser.add_argument(
+        "--pixels",
+        type=Literal["standardised", "unit"],
+        default="standardised",
+        help="unit: the pixels are in 0..1 and yet to be standardised (IDC, NCFM).",
+    )
+    parser.add_argument("--factor", type=int, default=1, help="Tiles along each side of an image (IDC, NCFM: 2).")
+    parser.add_argument("--labels", type=Path | None, default=None, help="The .pt file of the labels, if apart.")
+    parser.add_argument("--lr", type=Path | None, default=None, help="The .pt file of a learned step size.")
+    parser.add_argument("--which", type=int | None, default=None, help="Which set of several in the file, from 0.")
 
 
 def _import(config: Namespace) -> Any:
     import dsdistill as dd
 
+    source = load_source(config) if config.data is not None else None
+    classes = config.classes or (source.classes if source else None)
+    if classes is None:
+        raise InvalidSetting(
+            "classes", None, "state them in label order (--classes '[cat, dog]'), or name their --data"
+        )
     made = dd.import_published(
         config.path,
-        normalization=_stated(config),
-        classes=config.classes,
+        normalization=_stated(config, source),
+        classes=classes,
+        pixels=config.pixels,
+        factor=config.factor,
         labels=config.labels,
         lr=config.lr,
         which=config.which,
-        source=config.source,
+        source=source.name if source else "unknown",
     )
     made.save(config.out)
     say(config, f"{made!r}\nsaved in {config.out}")
     return summary(config.out)
 
 
-def _stated(config: Namespace) -> Any:
+def _stated(config: Namespace, source: Any) -> Any:
     """The normalisation that the user states: a file of tensors does not know it."""
     from dsdistill.data import Normalization, published_normalization
 
     numbers = config.mean is not None and config.std is not None
-    if numbers == (config.normalization is not None):
+    if numbers + (config.normalization is not None) + (source is not None) != 1:
         raise InvalidSetting(
             "normalization",
             config.normalization,
-            "state it by name (--normalization cifar10, or unit for pixels in 0..1) or by numbers (--mean and --std)",
+            "state it once: by name (--normalization cifar10), by numbers (--mean and --std), or by the real data "
+            "(--data cifar10)",
         )
-    if numbers:
-        return Normalization(tuple(config.mean), tuple(config.std))
-    if config.normalization != "unit":
-        return published_normalization(config.normalization)
-    return Normalization((0.0,) * config.channels, (1.0,) * config.channels)
+    if source is not None:
+        return source.normalization
+    return (
+        Normalization(tuple(config.mean), tuple(config.std))
+        if numbers
+        else published_normalization(config.normalization)
+    )
 
 
 VERBS = {
@@ -148,8 +167,10 @@ VERBS = {
     ),
     "import": Verb(
         "Take over a set that a paper published as .pt tensors (read without executing anything).",
-        "  dsdistill import res_DM_CIFAR10_ConvNet_10ipc.pt --normalization cifar10 --out sets/dm \\\n"
-        "      --classes '[airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck]'",
+        "  dsdistill import res_DM_CIFAR10_ConvNet_10ipc.pt --data cifar10 --which 0 --out sets/dm\n"
+        "  dsdistill import idc/data_best.pt --data cifar10 --pixels unit --factor 2 --out sets/idc\n"
+        "  dsdistill import mtt/ --data cifar10 --load.zca unit --out sets/mtt\n"
+        "  dsdistill import x.pt --mean '[0.5]' --std '[0.25]' --classes '[cat, dog]' --out sets/x",
         _import_arguments,
         _import,
     ),

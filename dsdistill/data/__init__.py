@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dsdistill.data.catalog import LoadRequest, list_datasets, load, published_normalization, register_dataset
     from dsdistill.data.dataset import from_dataset
+    from dsdistill.data.duplicates import overlap
     from dsdistill.data.hub import from_hub
     from dsdistill.data.normalize import Normalization
-    from dsdistill.data.duplicates import overlap
     from dsdistill.data.source import Batch, ImageSource
     from dsdistill.data.whitening import whiten
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def load(
     max_skipped: float = 0.05,
     device: str | torch.device | None = "cpu",
     mirror_safe: bool | None = None,
-    zca: bool = False,
+    zca: bool | Literal["unit"] = False,
 ) -> ImageSource:
     """Open real images as an `ImageSource`.
 
@@ -160,8 +160,8 @@ def load(
         device: where to keep the images; None picks the best device. A cache file moves to a GPU if it fills at most
             half of its free memory; else it stays where it is and what is drawn is uploaded.
         mirror_safe: whether a left-right flip keeps the class; None takes what is known of the data.
-        zca: whiten the standardised images, as DataDAM does (see `dsdistill.data.whitening.whiten`, also for the
-            way of MTT); fitted now, on the training images.
+        zca: whiten the images, fitted now on the training ones: True the standardised images, as DataDAM does, "unit"
+            those in [0, 1], as MTT does (see `dsdistill.data.whitening.whiten`).
 
     Raises:
         UnknownName: no data set and no folder of this name.
@@ -173,6 +173,8 @@ def load(
     place, size = resolve_device(device), checked_size(image_size)
     if not 0 < holdout < 1:
         raise InvalidSetting("holdout", holdout, "the share of each class to hold out, above 0 and below 1")
+    if zca not in (True, False, "unit"):
+        raise InvalidSetting("zca", zca, "True, False or 'unit'")
     reading = Reading(Rule(size, resize), storage, BadImages(on_bad_image, max_skipped))
     named = _loader(data)
     if isinstance(data, ImageSource):
@@ -192,7 +194,7 @@ def load(
     if mirror_safe is not None and mirror_safe != source.mirror_safe:
         source = source.with_mirror_safe(mirror_safe)
     source = source.to(place)
-    return whiten(source) if zca else source
+    return whiten(source, standardized=zca is True) if zca else source
 
 
 def list_datasets() -> list[str]:

@@ -5,8 +5,8 @@ import inspect
 
 import pytest
 
+from dsdistill.cli.options import LoadOptions
 from dsdistill.cli.parser import Parser
-from dsdistill.cli.verbs import LoadOptions
 from dsdistill.data import load
 
 

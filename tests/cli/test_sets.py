@@ -61,33 +61,46 @@ def test_every_format_is_exported_beside_the_set(format, saved, capsys):
     assert report["path"].endswith(name)
 
 
-def test_an_exported_set_comes_back(saved, tmp_path, capsys):
+def test_an_exported_set_comes_back(saved, images, tmp_path):
     original = SyntheticDataset.load(saved)
     assert run("export", saved, "--format", "pt", "--out", tmp_path / "pt") == 0
-    statistics = ["--mean", list(original.normalization.mean), "--std", list(original.normalization.std)]
-    names = ["--classes", "[cats, dogs]", "--source", "pets"]
-    assert run("import", tmp_path / "pt", *statistics, *names, "--out", tmp_path / "back") == 0
-    back = SyntheticDataset.load(tmp_path / "back")
-    assert torch.equal(back.tensors()[0], original.tensors()[0])
-    assert (back.classes, back.normalization) == (original.classes, original.normalization)
-    assert back.recipe.source["name"] == "pets"
+    mean, std = ([*values] for values in (original.normalization.mean, original.normalization.std))
+    by_hand = ["--mean", mean, "--std", std, "--classes", "[cats, dogs]"]
+    for name, stated in (("hand", by_hand), ("data", ["--data", images])):
+        assert run("import", tmp_path / "pt", *stated, "--out", tmp_path / name) == 0
+        back = SyntheticDataset.load(tmp_path / name)
+        assert torch.equal(back.tensors()[0], original.tensors()[0])
+        assert (back.classes, back.normalization) == (original.classes, original.normalization)
+    assert back.recipe.source["name"] == "data"
 
 
-def test_an_import_must_say_how_pixels_were_standardised(saved, tmp_path, capsys):
+def test_an_import_must_say_how_pixels_were_standardised(saved, images, tmp_path, capsys):
     run("export", saved, "--format", "pt", "--out", tmp_path / "pt")
     names = ["--classes", "[cats, dogs]", "--out", tmp_path / "back"]
-    for stated in ([], ["--normalization", "cifar10", "--mean", "[0,0,0]", "--std", "[1,1,1]"]):
+    twice = ["--normalization", "cifar10", "--mean", "[0,0,0]", "--std", "[1,1,1]"]
+    for stated in ([], twice, ["--data", images, "--normalization", "cifar10"]):
         assert run("import", tmp_path / "pt", *names, *stated) == 2
-        assert "state it by name" in capsys.readouterr().err
+        assert "state it once" in capsys.readouterr().err
     assert run("import", tmp_path / "pt", *names, "--normalization", "cifar") == 2
     assert "did you mean 'cifar10'" in capsys.readouterr().err
-    assert run("import", tmp_path / "pt", *names, "--normalization", "unit") == 0
-    assert SyntheticDataset.load(tmp_path / "back").normalization.std == (1.0, 1.0, 1.0)
+    assert run("import", tmp_path / "pt", "--normalization", "cifar10", "--out", tmp_path / "back") == 2
+    assert "label order" in capsys.readouterr().err
+    options = ["--normalization", "cifar10", "--pixels", "unit", "--factor", 2]
+    assert run("import", tmp_path / "pt", *names, *options) == 0
+    made = SyntheticDataset.load(tmp_path / "back")
+    assert (made.normalization.std, len(made)) == ((0.2023, 0.1994, 0.2010), 8)
+
+
+def test_whitened_sets_come_in_with_the_data_they_were_made_of(saved, images, tmp_path):
+    run("export", saved, "--format", "pt", "--out", tmp_path / "pt")
+    options = ["--data", images, "--load.zca", "unit", "--out", tmp_path / "back"]
+    assert run("import", tmp_path / "pt", *options) == 0
+    assert SyntheticDataset.load(tmp_path / "back").normalization.zca is not None
 
 
 def test_a_pickle_is_refused(tmp_path, capsys):
     (tmp_path / "x.pt").write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
-    options = ["--normalization", "unit", "--classes", "[a]", "--out", tmp_path / "out"]
+    options = ["--normalization", "mnist", "--classes", "[a]", "--out", tmp_path / "out"]
     assert run("import", tmp_path / "x.pt", *options) == 6
     assert not (tmp_path / "out").exists()
 
