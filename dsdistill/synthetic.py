@@ -6,6 +6,7 @@ every file; written last), ``README.md`` (a card) and ``grid.png``.
 Nothing in it is ever unpickled, and reading it needs no code of the method that made it.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,18 +19,21 @@ from torch.utils.data import Dataset
 
 from dsdistill import exchange
 from dsdistill.core import storage
+from dsdistill.core.device import is_out_of_memory
 from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict, ShapeMismatch
 from dsdistill.exchange import Export, encode_png
 from dsdistill.exchange.card import write_card
 from dsdistill.exchange.hub import Shared
 from dsdistill.labels import KINDS, HardLabels, Labels, SoftLabels
-from dsdistill.parameterizations import FORMS, Parameterization, Pixels
+from dsdistill.parameterizations import FORMS, Parameterization, Pixels, Tiles
 from dsdistill.recipe import Recipe
 
 MANIFEST = "dataset.json"
 SCHEMA_VERSION = 2
 _LEARNED, _NORMALIZATION = "learned.", "normalization.safetensors"
+_MISDESCRIBED = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
+"""What a manifest with entries of another kind, size or depth than ours makes Python and torch raise."""
 
 
 class Bytes(NamedTuple):
@@ -98,6 +102,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         *,
         normalization: Normalization,
         classes: Sequence[str],
+        factor: int = 1,
         source: str = "unknown",
         method: Mapping[str, Any] | None = None,
         learned: Mapping[str, Tensor] | None = None,
@@ -110,6 +115,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
             targets: (N,) integer classes, or (N, K) probabilities.
             normalization: how the pixels were standardised; ``Normalization((0,) * C, (1,) * C)`` if they are in 0..1.
             classes: K class names, in label order.
+            factor: tiles along each side of an image, see `dsdistill.parameterizations.tiles`.
             source: name of the real data.
             method: how they were made, for the record.
             learned: further learned tensors.
@@ -126,7 +132,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
                 raise BadData("soft targets must be probabilities: not negative, and 1 in sum for each image")
             labels = SoftLabels(targets.float().clamp_min(1e-12).log(), made_for)
         return cls(
-            images=Pixels(images.float()),
+            images=Pixels(images.float()) if factor == 1 else Tiles(images, torch.full((len(images),), factor)),
             labels=labels,
             normalization=normalization,
             classes=tuple(classes),
@@ -267,10 +273,11 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
 
         Raises:
             OutputConflict: the folder holds a set already, is a file, or cannot be written.
+            OutOfSpace: the disk is full.
         """
         folder = Path(path)
         storage.ensure_writable(folder)
-        if (folder / MANIFEST).exists():
+        if os.path.lexists(folder / MANIFEST):
             raise OutputConflict(folder, f"holds a synthetic set already ({MANIFEST}); choose another folder")
         files = self.files()
         first, *others = files  # an interrupted save leaves the first; without it, the others are somebody else's
@@ -293,7 +300,9 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
             return cls._from_manifest(folder, manifest)
         except BadArtifact:
             raise
-        except (KeyError, TypeError, AttributeError, DistillError) as error:
+        except (*_MISDESCRIBED, DistillError) as error:
+            if is_out_of_memory(error):
+                raise
             raise BadArtifact(folder / MANIFEST, f"does not describe a synthetic set ({error!r})") from error
 
     @classmethod
@@ -306,13 +315,16 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
             raise BadArtifact(folder / MANIFEST, f"{asked} is unknown here: install a newer dsdistill")
         learned = {k.removeprefix(_LEARNED): v for k, v in image_tensors.items() if k.startswith(_LEARNED)}
         stored = {k: v for k, v in image_tensors.items() if not k.startswith(_LEARNED)}
+        names = manifest["classes"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise BadArtifact(folder / MANIFEST, f"its classes are no list of names, but {names!r}")
         whitened = _NORMALIZATION in manifest["files"]
         matrices = storage.read_listed_tensors(folder, manifest, _NORMALIZATION) if whitened else {}
         made = cls(
             images=form.restore(stored, manifest["form_settings"]),
             labels=kind.restore(label_tensors, manifest["label_settings"]),
             normalization=Normalization.from_json(manifest["normalization"], matrices),
-            classes=tuple(manifest["classes"]),
+            classes=tuple(names),
             recipe=Recipe.from_json(manifest["recipe"]),
             learned=learned,
         )
@@ -362,7 +374,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         and, where it was learned, ``lr.pt``), "parquet" (8-bit images, as Hugging Face data sets keep them).
 
         Raises:
-            InvalidSetting: unknown format. OutputConflict: the target exists.
+            InvalidSetting: unknown format. OutputConflict: the target exists. OutOfSpace: the disk is full.
             MissingExtra: parquet needs dsdistill[hub].
         """
         return exchange.export(self, Path(path), format)
@@ -374,14 +386,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         BadArtifact: missing, damaged, no set, or from a newer version.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):
         raise BadArtifact(folder, "is a file; a synthetic set is a folder (pickled .pt files are never read)")
     manifest = storage.read_manifest(folder / MANIFEST)
     if manifest.get("format") != "dsdistill.synthetic":
         raise BadArtifact(folder / MANIFEST, "does not describe a synthetic set of dsdistill")
-    if not isinstance(manifest.get("schema_version"), int) or manifest["schema_version"] > SCHEMA_VERSION:
-        found = manifest.get("schema_version")
-        raise BadArtifact(
-            folder / MANIFEST, f"has schema version {found}, newer than {SCHEMA_VERSION}: upgrade dsdistill"
-        )
+    found = manifest.get("schema_version")
+    if type(found) is not int or not 1 <= found <= SCHEMA_VERSION:  # a bool is an int
+        newer = type(found) is int and found > SCHEMA_VERSION
+        known = f"newer than {SCHEMA_VERSION}: upgrade dsdistill" if newer else f"known are 1 to {SCHEMA_VERSION}"
+        raise BadArtifact(folder / MANIFEST, f"has schema version {found}, {known}")
     return manifest

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dsdistill.core.config import check_names, validate
 from dsdistill.core.rng import Rng
@@ -73,6 +74,9 @@ class Run:
     def network(self, spec: NetworkSpec, iteration: int, *, name: str = "network") -> nn.Module:
         """A freshly initialised network of stream ``name`` at ``iteration``, its parameters frozen.
 
+        It is in training mode, so that batch normalisation takes the statistics of its batch, but drops nothing out:
+        what it makes of an image must not change while a step looks at it twice.
+
         One module is kept for each spec and name and refilled in place, so the network of an earlier iteration
         changes with this call; a method that needs several at once gives them different names.
         """
@@ -83,6 +87,9 @@ class Run:
         else:
             network = spec.refresh(kept, shape, classes, generator=generator, device=self.device)
         self._networks[spec, name] = network
+        for part in network.modules():
+            if isinstance(part, _DropoutNd):
+                part.eval()
         return network.requires_grad_(False)
 
 

@@ -1,5 +1,6 @@
 """Formats of other programs: image folders, npz, parquet, the field's ``.pt`` tensors, the Hugging Face Hub."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +32,11 @@ def export(synthetic: "SyntheticDataset", path: Path, format: str) -> Export:
         raise InvalidSetting("format", format, f"one of {', '.join(FORMATS)}")
     if format in _IMAGES and synthetic.shape[0] not in (1, 3):
         raise InvalidSetting("format", format, f"PNG files have 1 or 3 channels, not {synthetic.shape[0]}; use npz")
-    if path.exists():
+    if os.path.lexists(path):  # a link that leads nowhere is somebody's too
         raise OutputConflict(path, "exists already; choose another path")
     storage.ensure_writable(path.parent)
-    return _WRITERS[format](synthetic, path)
+    with storage.space_for(path, synthetic.nbytes.total):
+        return _WRITERS[format](synthetic, path)
 
 
 __all__ = ["FORMATS", "Export", "Published", "class_folders", "encode_png", "export", "read_published"]

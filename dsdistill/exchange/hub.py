@@ -1,5 +1,7 @@
 """Sharing sets through the Hugging Face Hub, as data set repositories."""
 
+import os
+import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -55,16 +57,21 @@ class Shared(ABC):
             BadArtifact: as `load`. MissingExtra: the Hub needs dsdistill[hub]. BadData: not found or not reachable.
         """
         folder = Path(pretrained_model_name_or_path)
-        if not folder.exists():
-            folder = download(
-                str(pretrained_model_name_or_path),
-                cls._shared_files(),
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-            )
-        return cls.load(folder)
+        if os.path.exists(folder):
+            return cls.load(folder)
+        fetched = download(
+            str(pretrained_model_name_or_path),
+            cls._shared_files(),
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        with tempfile.TemporaryDirectory() as scratch:  # the cache consists of links, which `load` does not follow
+            for file in cls._shared_files():
+                if (fetched / file).is_file():
+                    shutil.copyfile(fetched / file, Path(scratch) / file)
+            return cls.load(scratch)
 
     def push_to_hub(
         self,

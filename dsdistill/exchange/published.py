@@ -4,6 +4,7 @@ Read with ``weights_only=True``: nothing in such a file is ever executed. Scores
 numpy values are passed over.
 """
 
+import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ from torch import Tensor
 from dsdistill.errors import BadArtifact, BadData, InvalidSetting
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-_IMAGES, _LABELS = ("images", "image", "image_syn", "data", "x"), ("labels", "label", "label_syn", "targets", "y")
+_IMAGES = ("images", "image", "image_syn", "data", "x")
+_LABELS = ("labels", "label", "label_syn", "targets", "target", "y")
 
 
 class Published(NamedTuple):
@@ -25,6 +27,15 @@ class Published(NamedTuple):
     images: Tensor
     targets: Tensor
     lr: Tensor | None
+
+
+class _Found(NamedTuple):
+    """What one file holds. ``ordered``: labels that are absent may be inferred from the order."""
+
+    images: Tensor
+    targets: Tensor | None = None
+    lr: Tensor | None = None
+    ordered: bool = False
 
 
 class _Forgotten:
@@ -48,36 +59,44 @@ _NUMPY: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def read_published(
-    path: Path, labels: Path | None = None, lr: Path | None = None, *, which: int = 0, num_classes: int | None = None
+    path: Path,
+    labels: Path | None = None,
+    lr: Path | None = None,
+    *,
+    which: int | None = None,
+    num_classes: int | None = None,
 ) -> Published:
     """Tensors of a published set.
 
-    Understood are: a tensor of images (labels in a second file, or class-major in equal numbers); a pair of images and
-    labels; a list of such pairs, or a dict with it under "data" (DC, DSA, DM, DataDAM: one pair for each experiment); a
-    dict of named tensors. A folder stands for its ``images.pt``, ``labels.pt`` and ``lr.pt`` (or MTT's ``*_best.pt``).
+    Understood are: a tensor of images, or a list of them (labels in a second file, or class-major in equal numbers);
+    images and labels, and perhaps a step size (IDC, NCFM); a list of such pairs, or a dict with it under "data" (DC,
+    DSA, DM: one for each experiment; DataDAM: one for each evaluated step, the first before any); a dict of named
+    tensors. A folder stands for its ``images.pt``, ``labels.pt`` and ``lr.pt`` (or MTT's ``*_best.pt``).
 
     Args:
         path: file or folder.
         labels: file of the labels.
         lr: file of a learned step size.
-        which: which pair to take of several, counted from 0.
+        which: which pair to take, counted from 0; must be said where there are several.
         num_classes: K, needed where labels must be inferred from the order.
 
     Raises:
         BadArtifact: not readable without executing code, or damaged.
         BadData: no images or labels that fit together.
-        InvalidSetting: ``which`` is out of range.
+        InvalidSetting: ``which`` is out of range, or not said.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         path, labels, lr = _of_folder(path, labels, lr)
     content = _read(path)
-    images, targets = _pair(path, content, which)
-    if labels is not None:
-        targets = _tensor(labels, _read(labels))
+    found = _pair(path, content, which)
+    targets = _tensor(labels, _read(labels)) if labels is not None else found.targets
     if targets is None:
-        targets = _class_major(path, len(images), num_classes)
-    step = _tensor(lr, _read(lr)) if lr is not None else None
-    return _checked(path, images, targets, step)
+        if not found.ordered:
+            held = ", ".join(map(repr, content)) if isinstance(content, Mapping) else type(content).__name__
+            raise BadData(f"{path}: no labels under any of {', '.join(_LABELS)} (it holds {held}); name their file")
+        targets = _class_major(path, len(found.images), num_classes)
+    step = _tensor(lr, _read(lr)) if lr is not None else found.lr
+    return _checked(path, found.images, targets, step)
 
 
 def _of_folder(folder: Path, labels: Path | None, lr: Path | None) -> tuple[Path, Path | None, Path | None]:
@@ -112,10 +131,9 @@ def _read(path: Path) -> Any:
         ) from None
 
 
-def _pair(path: Path, content: Any, which: int) -> tuple[Tensor, Tensor | None]:
-    """Images and, where the content has them, labels."""
+def _pair(path: Path, content: Any, which: int | None) -> _Found:
     if isinstance(content, Tensor):
-        return content, None
+        return _Found(content, ordered=True)
     if isinstance(content, Mapping):
         if isinstance(content.get("data"), (list, tuple)):
             return _pair(path, content["data"], which)
@@ -124,16 +142,25 @@ def _pair(path: Path, content: Any, which: int) -> tuple[Tensor, Tensor | None]:
         if images is None:
             keys = ", ".join(repr(key) for key in list(content)[:8])
             raise BadData(f"{path}: no images under any of {', '.join(_IMAGES)}; it holds {keys}")
-        return images, targets
+        return _Found(images, targets, ordered=len(content) == 1)
     if isinstance(content, Sequence) and content and all(isinstance(part, Tensor) for part in content):
-        if content[0].dim() == 4 and len(content) <= 3 and (len(content) == 1 or content[1].dim() <= 2):
-            return content[0], content[1] if len(content) > 1 else None
         if all(part.dim() == 3 for part in content):
-            return torch.stack(list(content)), None
+            return _Found(torch.stack(list(content)), ordered=True)
+        images, *others = content
+        step = others[1] if len(others) == 2 and others[1].numel() == 1 else None
+        if images.dim() == 4 and len(others) - (step is not None) <= 1:
+            return _Found(images, others[0] if others else None, step, ordered=not others)
     if isinstance(content, Sequence) and content and all(isinstance(part, (list, tuple)) for part in content):
-        if not -len(content) <= which < len(content):
+        if len(content) > 1 and which is None:
+            raise InvalidSetting(
+                "which",
+                which,
+                f"{path} holds {len(content)} sets, 0 to {len(content) - 1}: say which (DC, DSA and DM write one for "
+                "each experiment, DataDAM one for each evaluated step, the first before any)",
+            )
+        if not -len(content) <= (which or 0) < len(content):
             raise InvalidSetting("which", which, f"{path} holds {len(content)} sets, 0 to {len(content) - 1}")
-        return _pair(path, content[which], 0)
+        return _pair(path, content[which or 0], None)
     raise BadData(f"{path}: holds {type(content).__name__}; expected images, or images with labels")
 
 
@@ -153,6 +180,11 @@ def _class_major(path: Path, count: int, num_classes: int | None) -> Tensor:
 
 
 def _checked(path: Path, images: Tensor, targets: Tensor, lr: Tensor | None) -> Published:
+    for tensor in (images, targets, *([] if lr is None else [lr])):
+        # A small file can claim a tensor of any size by a stride of 0.
+        dense = tensor.layout == torch.strided and not tensor.is_meta
+        if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise BadData(f"{path}: a tensor {tuple(tensor.shape)} is not all there (no plain values, or too few)")
     if images.dim() != 4 or not images.is_floating_point() or not len(images):
         raise BadData(f"{path}: images are {tuple(images.shape)} {images.dtype}; expected (N, C, H, W) floats")
     images = images.detach().float()

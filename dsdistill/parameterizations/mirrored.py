@@ -1,8 +1,8 @@
 """Mirrored pairs (Son et al., FYI: Flip Your Images for Dataset Distillation, arXiv 2407.08113).
 
 Every image that another form decodes is shown as it is and mirrored left to right: X(S) = [S ; flip(S)]. What is
-stored is the other form alone. A set saved in this form trains networks on both halves; a method that doubles images only
-while it matches, as FYI does, saves ``base``.
+stored is the other form alone. A set saved in this form trains networks on both halves; a method that doubles images
+only while it matches, as FYI does, saves ``base``.
 """
 
 from collections.abc import Mapping, Sequence

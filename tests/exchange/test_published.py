@@ -43,7 +43,9 @@ SHAPES = {
     "named otherwise": OrderedDict(image_syn=IMAGES, label_syn=LABELS),
     "a parameter": torch.nn.Parameter(IMAGES),
     "several sets": [[IMAGES * 0, LABELS], [IMAGES, LABELS]],
-    "DC, DSA, DM, DataDAM": {
+    "three": (IMAGES, LABELS, torch.tensor(0.1)),
+    "one set in a list": [[IMAGES, LABELS]],
+    "DC, DSA, DM": {
         "data": [[IMAGES * 0, LABELS], [IMAGES, LABELS]],
         "accs_all_exps": {"ConvNet": [np.float64(0.5), np.float32(0.25), 1.5], "MLP": []},
     },
@@ -51,14 +53,15 @@ SHAPES = {
 }
 
 
-SEVERAL = ("several sets", "DC, DSA, DM, DataDAM", "with numpy arrays beside")
+SEVERAL = ("several sets", "DC, DSA, DM", "with numpy arrays beside")
 
 
 @pytest.mark.parametrize("form", SHAPES)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_every_form_gives_the_same_set(form, zipped, tmp_path):
     path = saved(tmp_path, SHAPES[form], _use_new_zipfile_serialization=zipped)
-    made = read(path, which=1 if form in SEVERAL else 0)
+    made = read(path, **({"which": 1} if form in SEVERAL else {}))
+    assert (("lr" in made.learned), len(made.learned)) == ((True, 1) if form == "three" else (False, 0))
     assert torch.equal(made.tensors()[0], IMAGES)
     assert made.targets == LABELS.tolist()
     assert made.normalization == STATISTICS
@@ -80,6 +83,22 @@ def test_a_folder_of_loose_tensors(names, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["images.pt", "labels.pt", "lr.pt"]
     assert torch.equal(torch.load(out / "images.pt", weights_only=True), IMAGES)
     assert read(out).targets == made.targets
+
+
+def test_pixels_in_0_to_1_are_standardised_and_tiles_are_cut(tmp_path):
+    unit = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    path = saved(tmp_path, [unit, LABELS])
+    made = read(path, pixels="unit", factor=2)
+    torch.testing.assert_close(STATISTICS.to_unit(made.images.pixels.detach()), unit, rtol=0, atol=1e-6)
+    assert (len(made), made.ipc, made.images.key) == (24, 2, "tiles")
+    assert read(path, pixels="unit").images.key == "pixels"
+
+
+def test_pixels_that_look_unstandardised_are_pointed_out(tmp_path, caplog):
+    read(saved(tmp_path, [IMAGES, LABELS]))
+    assert not caplog.records
+    read(saved(tmp_path, [IMAGES.sigmoid(), LABELS]))
+    assert "all pixels lie in 0..1" in caplog.text
 
 
 def test_labels_from_a_file_of_their_own(tmp_path):
@@ -108,6 +127,10 @@ def test_logits_become_probabilities_and_probabilities_stay(tmp_path):
         ([IMAGES, LABELS + 0.5], {}, BadData, "labels are"),
         ({"weights": IMAGES}, {}, BadData, "no images under any of images, .* it holds 'weights'"),
         ([[IMAGES, LABELS]], {"which": 1}, InvalidSetting, "holds 1 sets, 0 to 0"),
+        ([[IMAGES, LABELS]] * 3, {}, InvalidSetting, "holds 3 sets, 0 to 2: say which"),
+        ({"images": IMAGES, "marks": LABELS}, {}, BadData, "no labels under any of .* 'marks'.*name their file"),
+        ((IMAGES, LABELS, IMAGES), {}, BadData, "holds tuple"),
+        (IMAGES, {"pixels": "bytes"}, InvalidSetting, "standardised, unit"),
         ("text", {}, BadData, "holds str"),
         ([], {}, BadData, "holds list"),
     ],

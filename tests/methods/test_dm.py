@@ -17,6 +17,7 @@ from dsdistill.methods import DM
 from dsdistill.methods import dm as dm_module
 from dsdistill.methods.dm import _class_ranges
 from dsdistill.networks import NetworkSpec
+from dsdistill.networks import spec as spec_module
 from dsdistill.parameterizations import Plain, Tiled
 
 SMALL = NetworkSpec(width=4, depth=2)
@@ -274,6 +275,24 @@ def test_a_class_too_large_to_pass_at_once_is_split(form, chunk, source, monkeyp
     gradient = whole.images.pixels.grad
     torch.testing.assert_close(split.images.pixels.grad, gradient, rtol=1e-3, atol=2e-5 * float(gradient.abs().max()))
     assert max(sizes) <= max(chunk, int(split.images.multiplicity.max()))
+
+
+def test_dropout_is_off_so_that_chunks_change_nothing(source, monkeypatch):
+    class Dropping(torch.nn.Sequential):
+        def __init__(self, shape, classes):
+            hidden = torch.nn.Linear(192, 8), torch.nn.Dropout(0.5)
+            super().__init__(torch.nn.Flatten(), *hidden, torch.nn.Linear(8, classes))
+
+    monkeypatch.setattr(spec_module, "_registered", {"dropping": Dropping})
+    method = replace(PLAIN, ipc=9, network=NetworkSpec("dropping"))
+    states = []
+    for chunk in (1, 1000):
+        run = run_of(source, chunk=chunk)
+        states.append(start(method, run))
+        method.step(run, states[-1], 0)
+    gradient = states[1].images.pixels.grad
+    assert float(gradient.abs().max()) > 0
+    torch.testing.assert_close(states[0].images.pixels.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_a_class_of_a_few_chunks_is_not_split(source, monkeypatch):
