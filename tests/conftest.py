@@ -1,5 +1,7 @@
 """Shared fixtures: small sources, a quick method."""
 
+import logging
+
 import pytest
 import torch
 
@@ -8,6 +10,15 @@ from dsdistill.methods import DM
 from dsdistill.networks import NetworkSpec
 
 torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def quiet_again():
+    """The command line sets the level of our logger for its process: here, for one test."""
+    logger = logging.getLogger("dsdistill")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def make_images(

@@ -43,8 +43,9 @@ class Chain(Augmentation):
 
     def __post_init__(self) -> None:
         # Files hold plain mappings; a tuple of settings is rebuilt here.
-        stages = tuple(from_dict(Siamese, stage) if isinstance(stage, Mapping) else stage for stage in self.stages)
-        object.__setattr__(self, "stages", stages)
+        if isinstance(self.stages, (tuple, list)):
+            stages = tuple(from_dict(Siamese, stage) if isinstance(stage, Mapping) else stage for stage in self.stages)
+            object.__setattr__(self, "stages", stages)
         validate(self)
         if not self.stages:
             raise InvalidSetting("Chain.stages", self.stages, "give at least one stage")

@@ -12,6 +12,7 @@ plain containers, `describe` lists the fields for humans.
 
 import dataclasses
 import inspect
+import operator
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,12 +67,27 @@ def validate(settings: Any) -> None:
     for name, adapter in _adapters(cls).items():  # type: ignore[arg-type]  # a class is hashable
         value = getattr(settings, name)
         try:
-            checked = adapter.validate_python(value)
+            checked = adapter.validate_python(value, strict=True)  # strict: no dataclass is made of a mapping
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]["msg"]
             raise InvalidSetting(f"{cls.__name__}.{name}", value, problem[:1].lower() + problem[1:]) from None
         if type(checked) is not type(value):
             object.__setattr__(settings, name, checked)
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """An integer of any library (numpy's too) as Python's own, so that equal numbers give equal runs and files.
+
+    Raises:
+        InvalidSetting: no integer (a bool is none), or below ``least``.
+    """
+    try:
+        whole = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or (least is not None and whole < least):
+        raise InvalidSetting(name, value, "an integer" if least is None else f"an integer of at least {least}")
+    return whole
 
 
 def to_dict(value: Any) -> Any:
@@ -95,10 +111,11 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
         UnknownName: a key is no field of the class, or a ``"type"`` names no known class.
         InvalidSetting: a value has the wrong type or is out of range.
     """
-    named = data.get(TYPE_KEY, cls.__name__)
-    actual = _subclasses(cls).get(named)
+    named = str(data.get(TYPE_KEY, cls.__name__))
+    known = {name: child for name, child in _subclasses(cls).items() if not inspect.isabstract(child)}
+    actual = known.get(named)
     if actual is None:
-        raise UnknownName(cls.__name__, str(named), sorted(_subclasses(cls)))
+        raise UnknownName(cls.__name__, named, sorted(known))
     hints = _hints(actual)  # type: ignore[arg-type]  # a class is hashable
     arguments = {}
     for key, value in data.items():

@@ -52,10 +52,14 @@ def settle_allocator(device: torch.device) -> None:
 
     glibc returns a freed block to the system, to be page-faulted anew by the next operation, unless it is smaller
     than the largest block freed so far (up to 32 MiB). One such block, made and freed, settles that without changing
-    any setting of the process. Elsewhere this does nothing of note.
+    any setting of the process. Elsewhere, and where memory is too short for it, this does nothing of note.
     """
     if device.type == "cpu":
-        torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
+        try:
+            torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
 
 
 def peak_memory(device: torch.device) -> int:
@@ -73,7 +77,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on any device: torch has a class of its own for CUDA only."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    signs = ("out of memory", "not enough memory", "can't allocate memory")
+    # The last is oneDNN's word when it finds no room for its code and scratch; it never gives a reason.
+    signs = ("out of memory", "not enough memory", "can't allocate memory", "could not create a primitive")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -11,11 +11,14 @@ import json
 import math
 import os
 import shutil
+import stat
+import struct
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +27,8 @@ from torch import Tensor
 
 from dsdistill.errors import BadArtifact, OutOfSpace, OutputConflict
 
-FULL = frozenset((errno.ENOSPC, errno.EDQUOT))
-"""What the system says when a disk or a quota is full."""
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""What the system says when a disk, a quota or the largest allowed file (``ulimit -f``) is full."""
 _TEMPORARY = ".tmp-"
 _MANIFEST_LIMIT = 64 * 2**20
 
@@ -37,23 +40,47 @@ def write_bytes(path: Path, data: bytes) -> None:
         OutOfSpace: the disk or the quota is full; what was there before is untouched.
     """
     temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
+    with space_for(path, len(data)):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+@contextmanager
+def space_for(path: Path, needed: int) -> Iterator[None]:
+    """Say so where the disk fills up while ``needed`` bytes are written at ``path``.
+
+    Raises:
+        OutOfSpace: naming path, needed and free bytes.
+    """
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise OutOfSpace(path, len(data), free_space(path.parent)) from error
-        raise
-    fsync_folder(path.parent)
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        free = largest_file() if error.errno == errno.EFBIG else free_space(path.parent)
+        raise OutOfSpace(path, needed, free) from error
 
 
 def free_space(folder: Path) -> int:
-    """Bytes free for us on the disk that holds ``folder``."""
-    return shutil.disk_usage(folder).free
+    """Bytes free for us on the disk that holds ``folder``, or would hold it once it is made."""
+    return shutil.disk_usage(
+        next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    ).free
+
+
+def largest_file() -> int:
+    """Bytes that this process may write into one file (``ulimit -f``)."""
+    import resource  # absent on Windows, which has no such limit
+
+    return resource.getrlimit(resource.RLIMIT_FSIZE)[0]
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -100,21 +127,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
         BadArtifact: missing, not JSON, or altered.
     """
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("seal") != sealed(manifest)["seal"]:
+    try:
+        whole = isinstance(manifest, dict) and manifest.get("seal") == sealed(manifest)["seal"]
+    except RecursionError as error:
+        raise BadArtifact(path, f"nested too deeply for a manifest ({error})") from None
+    if not whole:
         raise BadArtifact(path, "the manifest was altered or damaged (its seal does not match); get a fresh copy")
-    return manifest
+    return manifest  # type: ignore[no-any-return]  # a dict, as was checked
 
 
 def read_json(path: Path) -> Any:
     """Read a JSON file of at most 64 MiB.
 
     Raises:
-        BadArtifact: missing, too large or not JSON.
+        BadArtifact: missing, too large, no regular file, or not JSON; a key given twice and NaN are no JSON.
     """
     try:
-        if path.stat().st_size > _MANIFEST_LIMIT:
+        status = path.stat()
+        if status.st_size > _MANIFEST_LIMIT:
             raise BadArtifact(path, f"larger than {_MANIFEST_LIMIT} bytes: this is no manifest of dsdistill")
-        return json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            raise BadArtifact(path, "not readable as JSON (it is no regular file)")
+        return _strict_json(path.read_bytes())
     except FileNotFoundError:
         raise BadArtifact(path, "no such file: the folder is not a finished dsdistill folder") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -129,17 +163,24 @@ def read_listed(folder: Path, manifest: Mapping[str, Any], name: str) -> bytes:
     Raises:
         BadArtifact: unlisted, outside the folder, missing, truncated or altered.
     """
-    entry = manifest.get("files", {}).get(name)
+    listed = manifest.get("files")
+    entry = listed.get(name) if isinstance(listed, dict) else None
     if not isinstance(entry, dict):
         raise BadArtifact(folder, f"the manifest lists no file {name!r}")
     path = folder / name
-    if name == ".." or PurePosixPath(name).name != name or path.is_symlink():
+    if name == ".." or PurePosixPath(name).name != name or os.path.islink(path):
         raise BadArtifact(folder, f"the manifest points outside the folder: {name!r}")
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):  # a pipe would never end
+            raise BadArtifact(path, "listed in the manifest but not readable (it is no regular file)")
         data = path.read_bytes() if size == entry.get("bytes") else b""
-    except OSError as error:
-        raise BadArtifact(path, f"listed in the manifest but not readable ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        if isinstance(error, BadArtifact):
+            raise
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise BadArtifact(path, f"listed in the manifest but not readable ({problem})") from None
     if size != entry.get("bytes"):
         raise BadArtifact(path, f"holds {size} bytes where the manifest says {entry.get('bytes')}; get a fresh copy")
     if sha256(data) != entry.get("sha256"):
@@ -159,12 +200,34 @@ def read_listed_tensors(folder: Path, manifest: Mapping[str, Any], name: str) ->
     path = folder / name
     try:
         tensors = load(data)
-    except SafetensorError as error:
+        _strict_json(data[8 : 8 + struct.unpack_from("<Q", data)[0]])  # the library takes the last of equal names
+    except (SafetensorError, ValueError) as error:
         raise BadArtifact(path, f"not a valid safetensors file ({error}); pickles are never read") from None
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BadArtifact(path, f"tensor {key!r} holds NaN or infinity")
     return tensors
+
+
+def _strict_json(data: bytes) -> Any:
+    """JSON that every reader understands alike: no key twice, no NaN, no infinity.
+
+    Raises:
+        ValueError: it is not. RecursionError: it is nested too deeply.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice!r} is there twice")
+        return made
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(data.decode("utf-8", "surrogatepass"), object_pairs_hook=unique, parse_constant=refuse)
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,16 +263,19 @@ def ensure_writable(folder: Path) -> None:
     """Create ``folder`` if needed and prove that a file can be written there.
 
     Raises:
-        OutputConflict: the path is a file, or the folder is read-only.
+        OutputConflict: the path is a file, or the folder is read-only. OutOfSpace: the disk takes no further file.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not os.path.isdir(folder):  # unlike Path's, these take any name
         raise OutputConflict(folder, "is a file, an output folder is needed; choose another path")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(prefix=_TEMPORARY, dir=folder):
             pass
-    except OSError as error:
-        raise OutputConflict(folder, f"cannot be written ({error.strerror}); choose another output folder") from None
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise OutOfSpace(folder, 1, 0) from error  # not one more file
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise OutputConflict(folder, f"cannot be written ({problem}); choose another output folder") from None
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:

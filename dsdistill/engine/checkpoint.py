@@ -4,6 +4,7 @@ A step folder holds ``state.safetensors`` and ``state.json`` (sealed, with the s
 written under a temporary name, flushed and renamed, so a reader never meets half of one.
 """
 
+import copy
 import logging
 import shutil
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dsdistill.core import storage
+from dsdistill.core.device import is_out_of_memory
 from dsdistill.engine.synthesizer import State
-from dsdistill.errors import BadArtifact
+from dsdistill.errors import BadArtifact, BadData
 
 logger = logging.getLogger("dsdistill")
 _META, _TENSORS, _TEMPORARY = "state.json", "state.safetensors", ".tmp"
@@ -46,40 +48,65 @@ def nbytes(state: State) -> int:
 
 @torch.no_grad()
 def restore(state: State, tree: Mapping[str, Any]) -> None:
-    """Put a captured tree back into a state of the same make."""
-    state.images.load_state_dict(tree["images"])
-    state.labels.load_state_dict(tree["labels"])
-    for name, optimizer in state.optimizers.items():
-        optimizer.load_state_dict(tree["optimizers"][name])
-    for name, extra in state.extras.items():
-        if isinstance(extra, Tensor):
-            extra.copy_(tree["extras"][name])
-        else:
-            extra.load_state_dict(tree["extras"][name])
+    """Put a captured tree back into a state of the same make; the tree stays as it is, to be restored again.
+
+    Raises:
+        BadData: the tree is that of a state of another make; the state may hold parts of it then.
+    """
+    tree = copy.deepcopy(dict(tree))  # optimizers, and maybe extras, keep the tensors they are given and change them
+    try:
+        state.images.load_state_dict(tree["images"])
+        state.labels.load_state_dict(tree["labels"])
+        _same_names("optimizers", state.optimizers, tree["optimizers"])
+        for name, optimizer in state.optimizers.items():
+            optimizer.load_state_dict(tree["optimizers"][name])
+        _same_names("extras", state.extras, tree["extras"])
+        for name, extra in state.extras.items():
+            if isinstance(extra, Tensor):
+                _restore_tensor(name, extra, tree["extras"][name])
+            else:
+                extra.load_state_dict(tree["extras"][name])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # of torch: any of these
+        if is_out_of_memory(error):
+            raise
+        raise BadData(f"the saved state is of another make than this method's ({_one_line(error)})") from error
 
 
 def all_finite(state: State) -> bool:
-    """Whether every floating-point tensor of images, labels and extras is finite; one read of the device."""
-    content = [state.images.state_dict(), state.labels.state_dict(), *map(_content, state.extras.values())]
+    """Whether every floating-point tensor of images, labels, optimizers and extras is finite; one read of the device.
+
+    What is not finite could not be read back: `storage.read_listed_tensors` refuses it.
+    """
+    stateful = (state.images, state.labels, *state.optimizers.values(), *state.extras.values())
+    content = [_content(part) for part in stateful]
     tensors, _ = storage.flatten(_plain(content))
     checks = [torch.isfinite(tensor).all() for tensor in tensors.values() if tensor.is_floating_point()]
     return not checks or bool(torch.stack([check.to(checks[0].device) for check in checks]).all())
 
 
 def write(folder: Path, iteration: int, tree: Mapping[str, Any], keep: int) -> None:
-    """Commit a checkpoint after ``iteration`` finished steps and drop all but the newest ``keep``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Commit a checkpoint after ``iteration`` finished steps and drop all but the newest ``keep``.
+
+    Raises:
+        OutOfSpace: the disk is full; the checkpoints that were there are untouched.
+    """
     tensors, skeleton = storage.flatten(tree)
+    data = storage.encode_tensors(tensors)
+    meta = {"schema_version": SCHEMA_VERSION, "iteration": iteration, "state": skeleton}
     final = folder / f"step_{iteration:09d}"
     temporary = folder / (final.name + _TEMPORARY)
-    for leftover in (temporary, final):  # an abandoned try, or a copy that was found damaged
+    for leftover in (*folder.glob(f"step_*{_TEMPORARY}"), final):  # abandoned tries, or a copy found damaged
         if leftover.exists():
             shutil.rmtree(leftover)
-    temporary.mkdir()
-    meta = {"schema_version": SCHEMA_VERSION, "iteration": iteration, "state": skeleton}
-    storage.write_folder(temporary, {_TENSORS: storage.encode_tensors(tensors)}, _META, meta)
-    temporary.rename(final)
-    storage.fsync_folder(folder)
+    try:
+        with storage.space_for(temporary, len(data)):
+            temporary.mkdir(parents=True)
+            storage.write_folder(temporary, {_TENSORS: data}, _META, meta)
+            temporary.rename(final)
+            storage.fsync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for old in _steps(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -112,7 +139,13 @@ def read(step: Path) -> tuple[int, dict[str, Any]]:
     if meta.get("schema_version") != SCHEMA_VERSION:
         raise BadArtifact(step, f"schema version {meta.get('schema_version')} is not {SCHEMA_VERSION}")
     tensors = storage.read_listed_tensors(step, meta, _TENSORS)
-    return meta["iteration"], storage.unflatten(tensors, meta["state"])
+    try:
+        iteration, tree = meta["iteration"], storage.unflatten(tensors, meta["state"])
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise BadArtifact(step, f"does not describe a state ({error!r})") from None
+    if type(iteration) is not int or iteration < 0 or not isinstance(tree, dict):
+        raise BadArtifact(step, f"does not describe a state after a number of steps (iteration {iteration!r})")
+    return iteration, tree
 
 
 def clear(folder: Path) -> None:
@@ -123,6 +156,21 @@ def clear(folder: Path) -> None:
 
 def _steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if path.suffix != _TEMPORARY)
+
+
+def _same_names(what: str, mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    if set(mine) != set(saved):
+        raise ValueError(f"{what} {sorted(saved)} where there are {sorted(mine)}")
+
+
+def _restore_tensor(name: str, extra: Tensor, saved: Tensor) -> None:
+    if extra.shape != saved.shape:  # copy_ would repeat a smaller one
+        raise ValueError(f"extra {name!r} has shape {tuple(saved.shape)}, expected {tuple(extra.shape)}")
+    extra.copy_(saved)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) if str(error) else type(error).__name__
 
 
 def _content(extra: Any) -> Any:

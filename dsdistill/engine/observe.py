@@ -1,5 +1,6 @@
 """What a run shows while it works: a progress bar, one JSON line per step, and a clean end on a signal."""
 
+import io
 import json
 import signal
 import threading
@@ -30,7 +31,7 @@ class Observer:
 
     Args:
         total: steps of all jobs together.
-        log: JSON-lines file, or None.
+        log: JSON-lines file, or None. It is no part of the state: lines that a kill or a fault spoiled are dropped.
         progress: show a bar where standard error is a terminal.
         title: label of the bar.
     """
@@ -40,39 +41,44 @@ class Observer:
         self._path = log
         self._logged: dict[str, int] = {}  # lines that an earlier process left for each job
         if log is not None and log.exists():
-            for entry in map(_parse, log.read_text(encoding="utf-8").splitlines(keepends=True)):
+            for entry in map(_parse, log.read_bytes().splitlines(keepends=True)):
                 job = str(entry.get("job"))
                 self._logged[job] = self._logged.get(job, 0) + 1
-        self._file = log.open("a", encoding="utf-8") if log else None
+        self._file = _appending(log) if log else None
         self._bar = tqdm(total=total, desc=title, unit="step", disable=None if progress and total else True)
 
     def skip(self, job: str, iterations: int) -> None:
-        """Begin (or go on with) a job after ``iterations`` finished steps; later lines of the log are dropped."""
+        """Begin (or go on with) a job after ``iterations`` finished steps; later lines of the log are dropped.
+
+        Raises:
+            OutOfSpace: the disk is full; the log is as it was.
+        """
         self._bar.update(iterations)
         cut_line = self._logged.pop(str(None), 0)
         if self._path is None or self._file is None or (self._logged.pop(job, 0) <= iterations and not cut_line):
             return
         self._file.close()
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        entries = [(line, _parse(line)) for line in lines]
-        kept = [
-            line
-            for line, entry in entries
-            if "job" in entry and (entry["job"] != job or entry.get("iteration", 0) < iterations)
-        ]
-        storage.write_bytes(self._path, "".join(kept).encode())
-        self._file = self._path.open("a", encoding="utf-8")
+        entries = [(line, _parse(line)) for line in self._path.read_bytes().splitlines(keepends=True)]
+        kept = [line for line, entry in entries if entry and (entry["job"] != job or entry["iteration"] < iterations)]
+        storage.write_bytes(self._path, b"".join(kept))
+        self._file = _appending(self._path)
 
     def step(self, job: str, iteration: int, metrics: Mapping[str, float]) -> StepEvent:
-        """Show and log one step."""
+        """Show and log one step.
+
+        Raises:
+            OutOfSpace: the disk is full; the last line may be cut short.
+        """
         event = StepEvent(job, iteration, dict(metrics), time.perf_counter() - self._begin)
         self._bar.update(1)
         if "loss" in metrics:
             self._bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
-        if self._file:
+        if self._file and self._path:
             line = {"job": job, "iteration": iteration, **metrics, "seconds": round(event.seconds, 4)}
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+            data = (json.dumps(line) + "\n").encode()
+            with storage.space_for(self._path, len(data)):
+                while data:  # a disk that fills up takes a part of the line first
+                    data = data[self._file.write(data) :]
         return event
 
     def close(self) -> None:
@@ -82,12 +88,19 @@ class Observer:
             self._file.close()
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _appending(path: Path) -> io.FileIO:
+    # Unbuffered: a line that did not fit on the disk must not be tried again when the file is closed.
+    return io.FileIO(path, "a")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """A line of the log, empty where it is none."""
     try:
         entry = json.loads(line)
-    except ValueError:  # a kill cut the last line short
+    except (ValueError, RecursionError):  # a kill cut the last line short
         return {}
-    return entry if isinstance(entry, dict) and line.endswith("\n") else {}
+    whole = isinstance(entry, dict) and line.endswith(b"\n")
+    return entry if whole and "job" in entry and type(entry.get("iteration")) is int else {}
 
 
 class StopRequest:

@@ -1,6 +1,5 @@
 """What a run will cost, learned from a rehearsal of its first steps on this very machine."""
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dsdistill.core import storage
 from dsdistill.core.device import free_memory, peak_memory
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
@@ -100,12 +100,8 @@ def estimate(
         memory=peak_memory(run.device),
         free_memory=free_memory(run.device),
         disk=checkpoint.nbytes(execution.state) * (keep + 1) + jobs * (files + _LINE * method.steps),
-        free_disk=shutil.disk_usage(_existing(Path(out))).free if out is not None else None,
+        free_disk=storage.free_space(Path(out)) if out is not None else None,
     )
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
 
 
 def _size(count: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dsdistill.core.config import to_dict
+from dsdistill.core.config import to_dict, whole_number
 from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
@@ -17,7 +17,7 @@ from dsdistill.engine import checkpoint
 from dsdistill.engine.observe import Observer, StepEvent, StopRequest
 from dsdistill.engine.synthesizer import Job, Metrics, Run, State, Synthesizer
 from dsdistill.engine.workspace import Workspace
-from dsdistill.errors import DistillError, Diverged, InvalidSetting, OutOfMemory, Stopped
+from dsdistill.errors import BadArtifact, BadData, DistillError, Diverged, OutOfMemory, Stopped
 from dsdistill.recipe import Recipe
 from dsdistill.synthetic import SyntheticDataset
 
@@ -65,20 +65,19 @@ def synthesize(
         Diverged: a loss or the state stopped being finite; the last good state is saved.
         Stopped: a signal ended the run after its state was saved (only with ``out``).
         OutOfMemory: even with one image at a time. OutOfSpace: the disk is, or would become, full.
-        BadArtifact: every checkpoint of the interrupted run is damaged.
+        BadArtifact: every checkpoint of the interrupted run is damaged, or the newest whole one is no such run's.
     """
-    for name, value in (("checkpoint_every", checkpoint_every), ("keep", keep)):
-        _require_count(name, value)
+    checkpoint_every, keep = whole_number("checkpoint_every", checkpoint_every, 1), whole_number("keep", keep, 1)
     run = prepared_run(method, source, seed=seed, device=device, chunk=chunk)
     execution = Execution(method, run, checkpoint_every=checkpoint_every, progress=progress, callback=callback)
     if out is None:
         return execution()
-    with Workspace(Path(out), run.recipe, overwrite=overwrite, keep=keep) as workspace:
+    with Workspace(Path(out), run.recipe, overwrite=overwrite, keep=keep, any_chunk=chunk is None) as workspace:
         if workspace.finished:
             logger.info("%s holds the finished set of this very run; nothing to do", out)
             return SyntheticDataset.load(out)
         execution.workspace = workspace
-        execution.run = replace(run, recipe=workspace.recipe)
+        execution.run = replace(run, recipe=workspace.recipe, chunk=workspace.recipe.execution["chunk"])
         result = execution()
         workspace.commit(result)
     return result
@@ -95,9 +94,8 @@ def prepared_run(
     """What `synthesize` hands to the method, after every check that needs no work; arguments and errors as there."""
     resolved = resolve_device(device)
     if chunk is not None:
-        _require_count("chunk", chunk)
-    if not isinstance(seed, int):
-        raise InvalidSetting("seed", seed, "an integer")
+        chunk = whole_number("chunk", chunk, 1)
+    seed = whole_number("seed", seed)
     training = source.train_only()
     method.check(training)
     settle_allocator(resolved)
@@ -112,11 +110,6 @@ def prepared_run(
     )
 
 
-def _require_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise InvalidSetting(name, value, "an integer of at least 1")
-
-
 def _recipe(method: Synthesizer, source: ImageSource, seed: int, device: torch.device, chunk: int) -> Recipe:
     return Recipe(
         method=to_dict(method),
@@ -127,6 +120,7 @@ def _recipe(method: Synthesizer, source: ImageSource, seed: int, device: torch.d
             "counts": list(source.counts),
             "normalization": source.normalization.to_json(),
             "mirror_safe": source.mirror_safe,
+            **({"skipped_files": len(source.skipped)} if source.skipped else {}),
         },
         execution={"device": device.type, "threads": torch.get_num_threads(), "chunk": chunk},
     )
@@ -169,7 +163,7 @@ class Execution:
                     parts[job.key] = self._part(job, alone=len(jobs) == 1)
             finally:
                 self.observer.close()
-        return _joined(run.recipe, [parts[job.key] for job in jobs if job.key in parts])
+        return _joined(self.run.recipe, [parts[job.key] for job in jobs if job.key in parts])
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -185,6 +179,8 @@ class Execution:
         sizes = {field.name for field in fields(self.method)} & {"ipc", "real_batch", "batch_size"}
         knobs = f"Lower {' or '.join(sorted(sizes))}, take a smaller network" if sizes else "Take a smaller network"
         problem = (str(error).splitlines() or [type(error).__name__])[0]
+        if run.couples_batches:
+            problem += "; with batch normalisation all images of a side pass together, whatever the chunk"
         return OutOfMemory(
             type(self.method).__name__, run.chunk, problem, f"{knobs}, or run on a device with more memory."
         )
@@ -245,25 +241,42 @@ class Execution:
 
     def _shrunk(self, run: Run, watch: "_Watch", failure: BaseException | None) -> tuple[Run, int]:
         """The run with half the chunk, and the last step known to be good, whose state is restored."""
-        if run.chunk == 1:
+        if run.chunk == 1 or run.couples_batches:
             raise self._out_of_memory(run, failure or MemoryError()) from failure
         release_memory(run.device)
         done, chunk = watch.rewind(), run.chunk // 2
         note = f"memory ran out at iteration {done}: from there on {chunk} images passed the network at a time"
         logger.warning("%s (%s)", note, failure)
-        recipe = replace(run.recipe, notes=(*run.recipe.notes, note))
-        self.run = replace(self.run, chunk=chunk)  # jobs to come need not find out again
-        return replace(run, chunk=chunk, recipe=recipe), done
+        execution, notes = {**run.recipe.execution, "chunk": chunk}, (*self.run.recipe.notes, note)
+        recipe = replace(self.run.recipe, execution=execution, notes=notes)
+        # Neither jobs to come nor the process that goes on after an interruption need find out again.
+        self.run = replace(self.run, chunk=chunk, recipe=recipe)
+        if self.workspace:
+            self.workspace.record(recipe)
+        watch.run = replace(run, chunk=chunk, recipe=recipe)
+        return watch.run, done
 
     def _resume(self, job: Job, state: State) -> int:
         found = self.workspace.read_checkpoint(job) if self.workspace else None
         begin = 0
         if found is not None:
             begin, tree = found
-            checkpoint.restore(state, tree)
+            self._restore(job, state, begin, tree)
             logger.info("job %r goes on after %d steps", job.key, begin)
         self.observer.skip(job.key, begin)
         return begin
+
+    def _restore(self, job: Job, state: State, begin: int, tree: Mapping[str, Any]) -> None:
+        """A whole checkpoint that does not fit was made by other code of the method, or put there by somebody."""
+        try:
+            if begin > self.method.steps:
+                raise BadData(f"it is one after {begin} steps, and the method makes {self.method.steps}")
+            checkpoint.restore(state, tree)
+        except BadData as error:
+            place = self.workspace.job_folder(job) if self.workspace else Path(job.key)
+            raise BadArtifact(
+                place, f"the checkpoint does not fit {type(self.method).__name__}: {error}; --overwrite starts afresh"
+            ) from error
 
 
 def _joined(recipe: Recipe, parts: Sequence[SyntheticDataset]) -> SyntheticDataset:
@@ -279,7 +292,7 @@ class _Watch:
     """Reads losses (in groups), passes them on, and stops the run at the first that is not finite."""
 
     def __init__(self, execution: Execution, run: Run, job: Job, state: State, begin: int) -> None:
-        self._execution, self._run, self._job, self._state = execution, run, job, state
+        self._execution, self.run, self._job, self._state = execution, run, job, state
         self._pending: list[tuple[int, Metrics]] = []
         self._good: tuple[int, dict[str, Any], Mapping[str, float]] = (begin, checkpoint.capture(state), {})
         # Reading a loss from an accelerator makes the host wait; there, losses are read in groups.
@@ -320,8 +333,8 @@ class _Watch:
         execution = self._execution
         checkpoint.restore(self._state, tree)
         note = f"NOT FINISHED: diverged at iteration {iteration}; this is the state after {done} iterations"
-        recipe = replace(self._run.recipe, notes=(*self._run.recipe.notes, note))
-        last_good = replace(execution.method.finish(self._run, self._state), recipe=recipe)
+        recipe = replace(self.run.recipe, notes=(*self.run.recipe.notes, note))
+        last_good = replace(execution.method.finish(self.run, self._state), recipe=recipe)
         saved = execution.workspace.save_last_good(last_good) if execution.workspace else None
         raise Diverged(
             type(execution.method).__name__,

@@ -19,7 +19,7 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, UnknownName
 from dsdistill.labels import HardLabels, Labels
-from dsdistill.networks import Need, NetworkSpec
+from dsdistill.networks import Need, NetworkSpec, has_batchnorm
 from dsdistill.parameterizations import Form, Parameterization, Plain
 from dsdistill.recipe import Recipe
 from dsdistill.synthetic import SyntheticDataset
@@ -70,6 +70,11 @@ class Run:
     def scoped(self, job: Job) -> "Run":
         """The same run as a job of it sees it."""
         return replace(self, rng=self.rng.scoped(job.key), classes=job.classes)
+
+    @property
+    def couples_batches(self) -> bool:
+        """Whether a network in use has batch normalisation, which needs all images of a side at once."""
+        return any(map(has_batchnorm, self._networks.values()))
 
     def network(self, spec: NetworkSpec, iteration: int, *, name: str = "network") -> nn.Module:
         """A freshly initialised network of stream ``name`` at ``iteration``, its parameters frozen.

@@ -1,5 +1,6 @@
 """`verify`: is everything that a run or a saved set left on the disk whole, to the last byte?"""
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,10 @@ def verify(path: str | Path) -> list[Finding]:
         BadArtifact: there is nothing of ours at ``path``.
     """
     folder = Path(path)
-    jobs = sorted((folder / "run" / "jobs").glob("*")) if (folder / "run").is_dir() else []
+    jobs = sorted((folder / "run" / "jobs").glob("*")) if os.path.isdir(folder / "run") else []
     sets = [folder, *(job / "part" for job in jobs), folder / "run" / "last-good"]
-    findings = [finding for place in sets if (place / MANIFEST).exists() for finding in _set(place)]
-    if (folder / "run" / "run.json").exists():
+    findings = [finding for place in sets if os.path.exists(place / MANIFEST) for finding in _set(place)]
+    if os.path.exists(folder / "run" / "run.json"):
         record = folder / "run" / "run.json"
         findings.append(_checked(record, "record of the run", partial(storage.read_manifest, record)))
     steps = [step for job in jobs for step in sorted(job.glob("step_*[0-9]"))]

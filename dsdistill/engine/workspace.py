@@ -11,7 +11,6 @@
     DIR/run/last-good               what was saved when the loss stopped being finite
 """
 
-import json
 import logging
 import os
 import shutil
@@ -43,17 +42,22 @@ class Workspace:
             recorded one of the run that goes on.
         overwrite: start afresh, removing an earlier run and its set (nothing else) from the folder.
         keep: how many checkpoints of each job to keep.
+        any_chunk: the chunk of ``recipe`` is but a default: that of a run that goes on, which may have been lowered for
+            lack of memory, wins.
 
     Raises:
         OutputConflict: not writable, or holds another run or foreign files.
         OutputLocked: another live process works there.
+        OutOfSpace: the disk is full.
         BadArtifact: the record of the earlier run is damaged.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, *, overwrite: bool, keep: int) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, overwrite: bool, keep: int, any_chunk: bool = False) -> None:
         self.folder, self.recipe, self.overwrite, self.keep = folder, recipe, overwrite, keep
+        self._any_chunk = any_chunk
         self.run = folder / "run"
         self._lock = filelock.FileLock(self.run / "lock")
+        self._holder = self.run / "lock.json"
 
     def __enter__(self) -> "Workspace":
         self._refuse_foreign()
@@ -61,6 +65,7 @@ class Workspace:
         storage.ensure_writable(self.run)
         self._acquire()
         try:
+            storage.write_json(self._holder, {"pid": os.getpid(), "host": socket.gethostname()})
             if self.overwrite:
                 self._clear()
             self._compare()
@@ -72,11 +77,16 @@ class Workspace:
         if self.finished:
             shutil.rmtree(self.run / "jobs", ignore_errors=True)  # a kill may have come before this
         else:
-            storage.write_json(self.run / _RUN, storage.sealed(self.recipe.to_json()))
+            self.record(self.recipe)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
+
+    def record(self, recipe: Recipe) -> None:
+        """Write down how the set is being made, for whoever goes on with the run."""
+        self.recipe = recipe
+        storage.write_json(self.run / _RUN, storage.sealed(recipe.to_json()))
 
     @property
     def finished(self) -> bool:
@@ -94,16 +104,25 @@ class Workspace:
         Raises:
             OutOfSpace: naming folder, needed and free bytes.
         """
-        storage.require_space(self.folder, checkpoint.nbytes(state) * (self.keep + 1) + 2 * state.images.nbytes)
+        held = sum(path.stat().st_size for path in (self.run / "jobs").glob("*/step_*/*"))  # will be replaced
+        needed = checkpoint.nbytes(state) * (self.keep + 1) + 2 * state.images.nbytes
+        storage.require_space(self.folder, max(0, needed - held))
 
     def job_folder(self, job: Job) -> Path:
         """Where a job keeps its checkpoints."""
         return self.run / "jobs" / quote(job.key, safe="")
 
     def part(self, job: Job) -> SyntheticDataset | None:
-        """The images of a job that was finished earlier."""
+        """The images of a job that was finished earlier, or None; a damaged part is removed: the job makes it again."""
         folder = self.job_folder(job) / "part"
-        return SyntheticDataset.load(folder) if (folder / MANIFEST).exists() else None
+        if not (folder / MANIFEST).exists():
+            return None
+        try:
+            return SyntheticDataset.load(folder)
+        except BadArtifact as error:
+            logger.warning("the part of job %r is discarded, the job is run again: %s", job.key, error)
+        shutil.rmtree(folder)
+        return None
 
     def save_part(self, job: Job, part: SyntheticDataset) -> None:
         """Keep a finished job's images until the whole run is finished; its checkpoints have served."""
@@ -133,7 +152,7 @@ class Workspace:
 
     def _refuse_foreign(self) -> None:
         """A folder is ours if it records a run of ours or holds a set of ours; otherwise it must be empty."""
-        if not self.folder.is_dir() or (self.run / _RUN).exists() or (self.run / "lock.json").exists():
+        if not os.path.isdir(self.folder) or (self.run / _RUN).exists() or self._holder.exists():
             return
         if (self.folder / MANIFEST).exists():
             try:
@@ -146,17 +165,16 @@ class Workspace:
             raise OutputConflict(self.folder, f"holds files that no run wrote ({foreign[0]!r}); choose an empty folder")
 
     def _acquire(self) -> None:
-        holder = self.run / "lock.json"
         try:
-            self._lock.acquire(timeout=0)
+            with storage.space_for(self.run / "lock", 1):
+                self._lock.acquire(timeout=0)
         except filelock.Timeout:
             try:
-                owner = json.loads(holder.read_text())
+                owner = storage.read_json(self._holder)
                 who = f"process {owner['pid']} on {owner['host']}"
-            except (OSError, ValueError, KeyError):
+            except (BadArtifact, KeyError, TypeError):  # just taken, and not yet signed
                 who = "another process"
             raise OutputLocked(self.folder, who) from None
-        storage.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
 
     def _clear(self) -> None:
         if (self.folder / MANIFEST).exists() or (self.folder / SyntheticDataset.FILES[0]).exists():
@@ -169,18 +187,15 @@ class Workspace:
             shutil.rmtree(self.run / name, ignore_errors=True)
 
     def _compare(self) -> None:
-        if self.finished:
-            previous = read_manifest(self.folder)["recipe"]
-        elif (self.run / _RUN).exists():
-            previous = storage.read_manifest(self.run / _RUN)
-        else:
+        if not self.finished and not (self.run / _RUN).exists():
             return
+        record = self.folder / MANIFEST if self.finished else self.run / _RUN
+        content = read_manifest(self.folder) if self.finished else storage.read_manifest(record)
         try:
+            previous = content["recipe"] if self.finished else content
             earlier = Recipe.from_json({key: value for key, value in previous.items() if key != "seal"})
-        except (KeyError, TypeError) as error:
-            raise BadArtifact(
-                self.run / _RUN, f"is no record of a run ({error!r}); --overwrite starts afresh"
-            ) from error
+        except (AttributeError, KeyError, TypeError) as error:
+            raise BadArtifact(record, f"is no record of a run ({error!r}); --overwrite starts afresh") from error
         changes = differences(_identity(earlier), _identity(self.recipe))
         if changes:
             listing = "\n  ".join(changes)
@@ -189,12 +204,15 @@ class Workspace:
                 f"holds another run. Differences (there -> asked for):\n  {listing}\n"
                 "Choose another output folder, or --overwrite to replace it",
             )
-        moved = differences(earlier.execution, self.recipe.execution)
+        now = dict(self.recipe.execution)
+        if self._any_chunk and earlier.execution.get("device") == now.get("device"):
+            now["chunk"] = earlier.execution.get("chunk", now.get("chunk"))
+        moved = differences(earlier.execution, now)
         moved += differences(earlier.versions, self.recipe.versions)
         if moved and not self.finished:
             note = f"continued under other conditions, so the last bits may differ: {'; '.join(moved)}"
             logger.warning("%s is %s", self.folder, note)
-            earlier = replace(earlier, notes=tuple(dict.fromkeys((*earlier.notes, note))))
+            earlier = replace(earlier, notes=tuple(dict.fromkeys((*earlier.notes, note))), execution=now)
         self.recipe = earlier
 
 

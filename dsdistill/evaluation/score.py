@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dsdistill.core.config import whole_number
 from dsdistill.core.device import peak_memory, resolve_device, settle_allocator, synchronize
 from dsdistill.core.rng import isolated_global_rng
 from dsdistill.data import ImageSource
@@ -75,14 +76,10 @@ def evaluate(
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     protocol = protocol if epochs is None else replace(protocol, epochs=epochs)
     baselines = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
-    _check(synthetic, source, baselines, seed, protocol)
-    for name, value in (
-        ("repeats", repeats),
-        ("together", together),
-        ("whole_epochs", 1 if whole_epochs is None else whole_epochs),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise InvalidSetting(name, value, "an integer of at least 1")
+    seed = whole_number("seed", seed)
+    repeats, together = whole_number("repeats", repeats, 1), whole_number("together", together, 1)
+    whole_epochs = whole_number("whole_epochs", whole_epochs, 1) if whole_epochs is not None else None
+    _check(synthetic, source, baselines, protocol)
     if together > 1 and protocol.selection != "last":
         raise InvalidSetting("together", together, "networks selected on validation images are trained one by one")
     settle_allocator(resolved)
@@ -132,11 +129,8 @@ def _check(
     synthetic: SyntheticDataset,
     source: ImageSource,
     baselines: tuple[str, ...],
-    seed: int,
     protocol: EvaluationProtocol,
 ) -> None:
-    if not isinstance(seed, int):
-        raise InvalidSetting("seed", seed, "an integer")
     for baseline in baselines:
         if baseline not in BASELINES:
             raise UnknownName("baseline", baseline, BASELINES)

@@ -101,6 +101,12 @@ def slowly(op, image, u, v, w):
     return transforms.flip(image, u) if op == "flip" else transforms.rotate(image, u)
 
 
+@pytest.mark.parametrize("stages", [None, 3, "flip", (), (Siamese(), "flip")], ids=repr)
+def test_stages_of_another_kind_are_refused(stages):
+    with pytest.raises(InvalidSetting, match=r"Chain\.stages"):
+        Chain(stages=stages)
+
+
 @pytest.mark.parametrize("per", ["class", "image"])
 @pytest.mark.parametrize("chain", [flip_first(), always_flip_color_cutout(OPS)], ids=["flip_first", "always"])
 def test_stages_are_shown_in_order_each_as_recorded(chain, per):

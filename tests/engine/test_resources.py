@@ -19,8 +19,9 @@ from dsdistill import SyntheticDataset, estimate, synthesize
 from dsdistill.core import storage
 from dsdistill.core.device import is_out_of_memory
 from dsdistill.engine.run import Execution, prepared_run
-from dsdistill.errors import DistillError, InvalidSetting, OutOfMemory, OutOfSpace
+from dsdistill.errors import DistillError, Diverged, InvalidSetting, OutOfMemory, OutOfSpace
 from dsdistill.methods import DM
+from dsdistill.networks import NetworkSpec
 
 TOYS = Path(__file__).parents[1] / "toys.py"
 
@@ -96,6 +97,79 @@ def test_steps_not_yet_read_are_made_again_too(source, method, monkeypatch):
     )
     assert steps == list(range(8))
     assert torch.allclose(made.tensors()[0], synthesize(method, source, chunk=8).tensors()[0], atol=1e-5)
+
+
+def test_the_last_good_state_can_be_restored_more_than_once(source, method, monkeypatch):
+    """Memory may run out twice between two looks at the state; optimisers keep and change what they are given."""
+    from dsdistill.engine import run as module
+
+    original = module._Watch.__init__
+
+    def lazy(self, *arguments):
+        original(self, *arguments)
+        self.read_every = 4
+
+    monkeypatch.setattr(module._Watch, "__init__", lazy)
+    calls = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Unlucky(DM):
+        def step(self, run, state, iteration):
+            calls.append(iteration)
+            if len(calls) in (7, 11):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().step(run, state, iteration)
+
+    settings = {field.name: getattr(method, field.name) for field in fields(method)}
+    made = synthesize(Unlucky(**settings), source, chunk=1000)
+    assert calls == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 4, 5, 6, 7]
+    plain = synthesize(method, source, chunk=1000)
+    torch.testing.assert_close(made.tensors()[0], plain.tensors()[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_lowered_chunk_and_its_note_survive_an_interruption(source, method, tmp_path):
+    def stop(event):
+        if event.iteration == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(hungry(method), source, out=tmp_path / "out", checkpoint_every=2, callback=stop)
+    seen = []
+    made = synthesize(hungry(method), source, out=tmp_path / "out", callback=seen.append)
+    assert made.recipe.execution["chunk"] == 4
+    assert ["memory ran out at iteration 0" in note for note in made.recipe.notes] == [True] * 6  # 256 -> 4
+    assert not any("other conditions" in note for note in made.recipe.notes)
+
+
+def test_notes_about_memory_are_kept_when_a_run_diverges(source):
+    @dataclass(frozen=True, kw_only=True)
+    class Both(Wander):
+        def step(self, run, state, iteration):
+            if run.chunk > 2:
+                raise MemoryError
+            return super().step(run, state, iteration)
+
+    with pytest.raises(Diverged) as caught:
+        synthesize(Both(ipc=1, bad_at=3, one_job=True), source, chunk=4)
+    first, second = caught.value.last_good.recipe.notes
+    assert "memory ran out" in first
+    assert "NOT FINISHED" in second
+
+
+def test_batch_normalisation_is_not_helped_by_smaller_chunks(source, method):
+    whole = replace(method, network=NetworkSpec(width=4, depth=1, norm="batch"))
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Greedy(DM):
+        def step(self, run, state, iteration):
+            run.network(self.network, iteration)
+            seen.append(run.chunk)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemory, match="with batch normalisation all images of a side pass together"):
+        synthesize(Greedy(**{field.name: getattr(whole, field.name) for field in fields(whole)}), source, chunk=16)
+    assert seen == [16]
 
 
 def test_one_image_at_a_time_is_the_end_and_the_message_says_what_to_turn(source, method):
