@@ -94,6 +94,20 @@ def require_space(folder: Path, needed: int) -> None:
         raise OutOfSpace(folder, needed, free)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill under a temporary name, renamed to ``path`` when all went well and removed when not."""
+    temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically, keys in the order given, no NaN."""
     write_bytes(path, encode_json(content))

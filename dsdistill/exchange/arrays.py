@@ -1,8 +1,6 @@
 """Arrays for other programs: one npz of everything, or the loose ``.pt`` tensors that the field exchanges."""
 
 import io
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +41,9 @@ def write_pt(synthetic: "SyntheticDataset", path: Path) -> Export:
     tensors = {"images.pt": images, "labels.pt": targets}
     if LEARNED_LR in synthetic.learned:
         tensors["lr.pt"] = synthetic.learned[LEARNED_LR]
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
-    try:
+    with storage.new_folder(path) as folder:
         for name, tensor in tensors.items():
-            storage.write_bytes(temporary / name, _saved(tensor.detach().cpu().clone()))
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    storage.fsync_folder(path.parent)
+            storage.write_bytes(folder / name, _saved(tensor.detach().cpu().clone()))
     return Export(path, len(images))
 
 

@@ -2,8 +2,6 @@
 
 import io
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,18 +21,11 @@ def write_image_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
     """``path/CLASS/000000.png``: clipped to [0, 1], rounded to 8 bits, numbered in the order of the set."""
     pixels, report = eight_bits(synthetic, path)
     names = class_folders(synthetic.classes)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
-    try:
+    with storage.new_folder(path) as folder:
         for name in names:
-            (temporary / name).mkdir()
+            (folder / name).mkdir()
         for index, (image, target) in enumerate(zip(pixels, synthetic.targets, strict=True)):
-            storage.write_bytes(temporary / names[target] / f"{index:06d}.png", encode_png(image))
-        temporary.chmod(0o755)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    storage.fsync_folder(path.parent)
+            storage.write_bytes(folder / names[target] / f"{index:06d}.png", encode_png(image))
     return report
 
 

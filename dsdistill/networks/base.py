@@ -92,6 +92,15 @@ def normalization(kind: str, channels: int, height: int, width: int) -> nn.Modul
     return nn.GroupNorm(4, channels)
 
 
+def small_stem(channels: int, outputs: int, norm: str, size: tuple[int, int]) -> nn.Sequential:
+    """The stem of residual networks for small images: conv 3x3 of stride 1, norm, ReLU; ``size`` is (H, W)."""
+    stem = nn.Sequential()
+    stem.add_module("conv", nn.Conv2d(channels, outputs, 3, padding=1, bias=False))
+    stem.add_module("norm", normalization(norm, outputs, *size))
+    stem.add_module("act", nn.ReLU())
+    return stem
+
+
 def check_sizes(shape: tuple[int, int, int], num_classes: int) -> None:
     """Refuse image shapes and class counts below 1.
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from dsdistill.networks.base import Network, check_least, check_sizes, normalization
+from dsdistill.networks.base import Network, check_least, check_sizes, normalization, small_stem
 
 
 class Block(nn.Module):
@@ -50,10 +50,7 @@ class ResNet18(Network):
         check_sizes(shape, num_classes)
         check_least("resnet18", shape, 8)
         channels, height, width = shape
-        self.stem = nn.Sequential()
-        self.stem.add_module("conv", nn.Conv2d(channels, 64, 3, padding=1, bias=False))
-        self.stem.add_module("norm", normalization(norm, 64, height, width))
-        self.stem.add_module("act", nn.ReLU())
+        self.stem = small_stem(channels, 64, norm, (height, width))
         channels, stages = 64, []
         for outputs in (64, 128, 256, 512):
             # A 1x1 map under instance norm is constant, so the smallest images are not halved a last time.

@@ -3,7 +3,7 @@ arXiv 2205.14959, whose ResNetAP-10 for ImageNet this is)."""
 
 from torch import Tensor, nn
 
-from dsdistill.networks.base import FanOutConv2d, Network, check_least, check_sizes, normalization
+from dsdistill.networks.base import FanOutConv2d, Network, check_least, check_sizes, normalization, small_stem
 
 
 class PooledBlock(nn.Module):
@@ -89,10 +89,7 @@ class ResNet18AP(Network):
         check_sizes(shape, num_classes)
         check_least("resnet18_ap", shape, 8)
         channels, height, width = shape
-        self.stem = nn.Sequential()
-        self.stem.add_module("conv", nn.Conv2d(channels, 64, 3, padding=1, bias=False))
-        self.stem.add_module("norm", normalization(norm, 64, height, width))
-        self.stem.add_module("act", nn.ReLU())
+        self.stem = small_stem(channels, 64, norm, (height, width))
         self.stages, size = pooled_stages((height, width), 2, norm)
         self.classifier = nn.Linear(512 * size[0] * size[1], num_classes)
 
