@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import signal
 import threading
 import time
@@ -14,6 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from dsdistill.core import storage
+
+logger = logging.getLogger("dsdistill")
+TELL_SECONDS = 30.0
+"""Between two log lines of a run that no terminal shows."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Observer:
     Args:
         total: steps of all jobs together.
         log: JSON-lines file, or None. It is no part of the state: lines that a kill or a fault spoiled are dropped.
-        progress: show a bar where standard error is a terminal.
+        progress: show a bar where standard error is a terminal, and log a line every half minute where it is none.
         title: label of the bar.
     """
 
@@ -46,6 +51,8 @@ class Observer:
                 self._logged[job] = self._logged.get(job, 0) + 1
         self._file = _appending(log) if log else None
         self._bar = tqdm(total=total, desc=title, unit="step", disable=None if progress and total else True)
+        self._title, self._total, self._done = title, total, 0
+        self._tells, self._told = progress and self._bar.disable, self._begin
 
     def skip(self, job: str, iterations: int) -> None:
         """Begin (or go on with) a job after ``iterations`` finished steps; later lines of the log are dropped.
@@ -54,6 +61,7 @@ class Observer:
             OutOfSpace: the disk is full; the log is as it was.
         """
         self._bar.update(iterations)
+        self._done += iterations
         cut_line = self._logged.pop(str(None), 0)
         if self._path is None or self._file is None or (self._logged.pop(job, 0) <= iterations and not cut_line):
             return
@@ -71,6 +79,11 @@ class Observer:
         """
         event = StepEvent(job, iteration, dict(metrics), time.perf_counter() - self._begin)
         self._bar.update(1)
+        self._done += 1
+        if self._tells and time.perf_counter() - self._told > TELL_SECONDS:
+            self._told = time.perf_counter()
+            loss = f", loss {metrics['loss']:.4g}" if "loss" in metrics else ""
+            logger.info("%s: step %d of %d%s", self._title, self._done, self._total, loss)
         if "loss" in metrics:
             self._bar.set_postfix(loss=f"{metrics['loss']:.4g}", refresh=False)
         if self._file and self._path:

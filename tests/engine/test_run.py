@@ -14,7 +14,7 @@ import torch
 from toys import Wander
 
 from dsdistill import SyntheticDataset, synthesize
-from dsdistill.engine import Job
+from dsdistill.engine import Job, observe
 from dsdistill.errors import (
     BadArtifact,
     BadData,
@@ -91,6 +91,17 @@ def test_the_log_has_each_step_once_after_a_resume(source, method, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(8))
     assert all(math.isfinite(line["loss"]) and line["job"] == "all" for line in lines)
+
+
+def test_a_run_that_no_terminal_shows_says_how_far_it_is(source, method, monkeypatch, caplog):
+    monkeypatch.setattr(observe, "TELL_SECONDS", 0.0)
+    caplog.set_level("INFO", "dsdistill")
+    synthesize(method, source)
+    told = [record.getMessage() for record in caplog.records if ": step " in record.getMessage()]
+    assert [line.split(",")[0] for line in told] == [f"DM: step {step} of 8" for step in range(1, 9)]
+    caplog.clear()
+    synthesize(method, source, progress=False)
+    assert not any(": step " in record.getMessage() for record in caplog.records)
 
 
 def test_only_the_last_checkpoints_are_kept(source, method, tmp_path):
