@@ -8,19 +8,20 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from dsdistill import exchange
-from dsdistill.data import Normalization
-from dsdistill.errors import InvalidSetting
+from dsdistill.data import Normalization, published_normalization
+from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.exchange.arrays import LEARNED_LR
 from dsdistill.synthetic import SyntheticDataset
 
 PixelSpace = Literal["standardised", "unit"]
+_SLACK = 0.01  # beyond 0..1 that rounding may reach
 logger = logging.getLogger("dsdistill")
 
 
 def import_published(
     path: str | Path,
     *,
-    normalization: Normalization,
+    normalization: Normalization | str,
     classes: Sequence[str],
     pixels: PixelSpace = "standardised",
     factor: int = 1,
@@ -38,7 +39,8 @@ def import_published(
 
     Args:
         path: file, or folder with ``images.pt`` and ``labels.pt`` (or ``*_best.pt``).
-        normalization: how the pixels were standardised, or are to be where they are in [0, 1].
+        normalization: how the pixels were standardised, or are to be where they are in [0, 1]; a name stands for what
+            was published for that data set.
         classes: class names in label order.
         pixels: "standardised", or "unit" for [0, 1].
         factor: tiles along each side of an image (multi-formation).
@@ -53,11 +55,16 @@ def import_published(
     """
     if pixels not in get_args(PixelSpace):
         raise InvalidSetting("pixels", pixels, f"one of {', '.join(get_args(PixelSpace))}")
+    if isinstance(normalization, str):
+        normalization = published_normalization(normalization)
     where = Path(path)
     apart = [Path(extra) if extra is not None else None for extra in (labels, lr)]
     found = exchange.read_published(where, *apart, which=which, num_classes=len(classes))
     images = found.images
     if pixels == "unit":
+        low, high = float(images.min()), float(images.max())
+        if low < -_SLACK or high > 1 + _SLACK:
+            raise BadData(f"{where}: pixels reach from {low:.3g} to {high:.3g}, not 0 to 1: they were standardised")
         images = normalization.standardize(images)
     elif bool((images >= 0).all()) and bool((images <= 1).all()):
         logger.warning("%s: all pixels lie in 0..1; if they were not standardised, say pixels='unit'", where)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from dsdistill import exchange
 from dsdistill.core import storage
+from dsdistill.core.config import require_instance, whole_number
 from dsdistill.core.device import is_out_of_memory
 from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict, ShapeMismatch
@@ -90,6 +91,8 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
             raise BadData(f"{self.images.count} stored images but {self.labels.count} labels")
         if self.labels.num_classes != len(self.classes):
             raise BadData(f"labels over {self.labels.num_classes} classes but {len(self.classes)} class names")
+        if len(set(self.classes)) < len(self.classes):
+            raise BadData(f"class names repeat: {self.classes!r}; give each class a name of its own")
         decoded = tuple(self.images.decode(torch.tensor([0])).images.shape) if self.images.count else ()
         if len(decoded) != 4 or decoded[1] != len(self.normalization.mean):
             raise ShapeMismatch("the decoded images", decoded, f"(M, {len(self.normalization.mean)}, H, W), M > 0")
@@ -111,7 +114,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         """A set of images made elsewhere.
 
         Args:
-            images: (N, C, H, W), floats, standardised by ``normalization``.
+            images: (N, C, H, W), floats (a tensor or an array), standardised by ``normalization``.
             targets: (N,) integer classes, or (N, K) probabilities.
             normalization: how the pixels were standardised; ``Normalization((0,) * C, (1,) * C)`` if they are in 0..1.
             classes: K class names, in label order.
@@ -124,6 +127,11 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         Raises:
             BadData, ShapeMismatch: shapes, types or numbers do not fit together.
         """
+        images, targets = torch.as_tensor(images), torch.as_tensor(targets)
+        if not images.is_floating_point():
+            raise BadData(f"images have dtype {images.dtype}; give standardised floats (normalization.standardize)")
+        if not bool(torch.isfinite(images).all() and torch.isfinite(targets).all()):
+            raise BadData("images or targets hold NaN or infinity")
         made_for = targets if targets.dim() == 1 else targets.argmax(1)
         labels: Labels = HardLabels(made_for, len(classes))
         if targets.dim() == 2:
@@ -215,6 +223,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         Raises:
             InvalidSetting: ``ipc`` is below 1 or above what every class has.
         """
+        ipc = whole_number("ipc", ipc)
         if not 1 <= ipc <= min(self.counts):
             raise InvalidSetting("ipc", ipc, f"this set holds between 1 and {min(self.counts)} images of every class")
         order = torch.argsort(self.labels.classes, stable=True)
@@ -294,6 +303,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         Raises:
             BadArtifact: missing, incomplete, damaged, unsafe, or from a newer version.
         """
+        require_instance("path", path, (str, os.PathLike), "the folder of a saved set")
         folder = Path(path)
         manifest = read_manifest(folder)
         try:
@@ -388,6 +398,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise BadArtifact(folder, "is a file; a synthetic set is a folder (pickled .pt files are never read)")
+    if os.path.exists(folder / "run" / "run.json") and not os.path.exists(folder / MANIFEST):
+        raise BadArtifact(folder, "holds a run that is not finished: the same synthesize command continues it")
     manifest = storage.read_manifest(folder / MANIFEST)
     if manifest.get("format") != "dsdistill.synthetic":
         raise BadArtifact(folder / MANIFEST, "does not describe a synthetic set of dsdistill")

@@ -90,6 +90,16 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
     return whole
 
 
+def require_instance(name: str, value: Any, kind: type | tuple[type, ...], mend: str) -> None:
+    """Refuse an argument of another type, before an attribute that it lacks is asked for.
+
+    Raises:
+        InvalidSetting: naming the argument, the value and the mend.
+    """
+    if not isinstance(value, kind):
+        raise InvalidSetting(name, value, mend)
+
+
 def to_dict(value: Any) -> Any:
     """Plain JSON containers; each dataclass becomes a mapping with its class name under ``"type"``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dsdistill.core.config import to_dict, whole_number
+from dsdistill.core.config import require_instance, to_dict, whole_number
 from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
@@ -75,12 +75,21 @@ def synthesize(
     with Workspace(Path(out), run.recipe, overwrite=overwrite, keep=keep, any_chunk=chunk is None) as workspace:
         if workspace.finished:
             logger.info("%s holds the finished set of this very run; nothing to do", out)
-            return SyntheticDataset.load(out)
+            return _finished(Path(out))
         execution.workspace = workspace
         execution.run = replace(run, recipe=workspace.recipe, chunk=workspace.recipe.execution["chunk"])
         result = execution()
         workspace.commit(result)
     return result
+
+
+def _finished(folder: Path) -> SyntheticDataset:
+    try:
+        return SyntheticDataset.load(folder)
+    except BadArtifact as error:
+        raise BadArtifact(
+            folder, f"the finished set of this run is damaged ({error}); --overwrite makes it anew"
+        ) from error
 
 
 def prepared_run(
@@ -92,6 +101,8 @@ def prepared_run(
     chunk: int | None,
 ) -> Run:
     """What `synthesize` hands to the method, after every check that needs no work; arguments and errors as there."""
+    require_instance("method", method, Synthesizer, "a method with its settings: dd.methods.DM(ipc=10)")
+    require_instance("source", source, ImageSource, "real images: dd.data.load(...) opens names and folders")
     resolved = resolve_device(device)
     if chunk is not None:
         chunk = whole_number("chunk", chunk, 1)

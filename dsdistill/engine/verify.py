@@ -21,7 +21,7 @@ class Finding(NamedTuple):
 
 
 def verify(path: str | Path) -> list[Finding]:
-    """Check a saved set, or the output folder of a run with all its checkpoints and parts.
+    """Check a saved set, the output folder of a run with all its checkpoints and parts, or all cells of a study.
 
     Every file is compared with the sha256 that was written down with it; tensors must be finite and fit what the
     manifest says of them.
@@ -33,6 +33,9 @@ def verify(path: str | Path) -> list[Finding]:
         BadArtifact: there is nothing of ours at ``path``.
     """
     folder = Path(path)
+    cells = sorted(cell for cell in (folder / "cells").glob("*") if (cell / "run").is_dir())
+    if cells:
+        return [finding for cell in cells for finding in verify(cell)]
     jobs = sorted((folder / "run" / "jobs").glob("*")) if os.path.isdir(folder / "run") else []
     sets = [folder, *(job / "part" for job in jobs), folder / "run" / "last-good"]
     findings = [finding for place in sets if os.path.exists(place / MANIFEST) for finding in _set(place)]
@@ -41,6 +44,12 @@ def verify(path: str | Path) -> list[Finding]:
         findings.append(_checked(record, "record of the run", partial(storage.read_manifest, record)))
     steps = [step for job in jobs for step in sorted(job.glob("step_*[0-9]"))]
     findings += [_checked(step, "checkpoint", partial(checkpoint.read, step)) for step in steps]
+    orphan = folder / SyntheticDataset.FILES[0]
+    if os.path.exists(orphan) and not os.path.exists(folder / MANIFEST):
+        problem = (
+            f"{orphan.name} lies there without it: its save was cut short, or it was removed; run the command again"
+        )
+        findings.append(Finding(folder / MANIFEST, "manifest", f"{folder / MANIFEST}: {problem}"))
     if not findings:
         raise BadArtifact(folder, f"holds neither a synthetic set ({MANIFEST}) nor a run (run/run.json)")
     return findings

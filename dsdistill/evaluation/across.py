@@ -67,7 +67,7 @@ def evaluate_across(
     if not specs or len(set(specs)) < len(specs):
         raise InvalidSetting("networks", [describe(spec) for spec in specs], "at least one network, each once")
     for spec in specs:
-        spec.check(source.shape, source.num_classes)
+        spec.require((), source.shape, source.num_classes)
     base = get_protocol(protocol) if isinstance(protocol, str) else protocol
     return CrossEvaluation(
         {spec: evaluate(synthetic, source, protocol=replace(base, network=spec), **options) for spec in specs}

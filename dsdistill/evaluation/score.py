@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dsdistill.core.config import whole_number
+from dsdistill.core.config import require_instance, whole_number
 from dsdistill.core.device import peak_memory, resolve_device, settle_allocator, synchronize
 from dsdistill.core.rng import isolated_global_rng
 from dsdistill.data import ImageSource
@@ -72,6 +72,8 @@ def evaluate(
         OutOfMemory: even with one image at a time, or with ``together`` networks.
         DistillError: a network factory handed out a network that is not fresh.
     """
+    require_instance("synthetic", synthetic, SyntheticDataset, "a set: SyntheticDataset.load(...) opens folders")
+    require_instance("source", source, ImageSource, "real images: dd.data.load(...) opens names and folders")
     resolved = resolve_device(device)
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     protocol = protocol if epochs is None else replace(protocol, epochs=epochs)
@@ -134,7 +136,7 @@ def _check(
     for baseline in baselines:
         if baseline not in BASELINES:
             raise UnknownName("baseline", baseline, BASELINES)
-    protocol.network.check(source.shape, source.num_classes)
+    protocol.network.require((), source.shape, source.num_classes)
     if synthetic.classes != source.classes:
         raise BadData(
             f"the set has classes {_short(synthetic.classes)} but {source.name!r} has {_short(source.classes)}: "

@@ -13,7 +13,7 @@ from torch import nn
 from dsdistill.core.config import validate
 from dsdistill.core.device import resolve_device
 from dsdistill.core.rng import isolated_global_rng, seed_global
-from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.errors import DistillError, InvalidSetting, UnknownName
 from dsdistill.networks.alexnet import AlexNet
 from dsdistill.networks.base import Network, check_sizes
 from dsdistill.networks.convnet import ConvNet, default_depth
@@ -215,6 +215,10 @@ class NetworkSpec:
                     f"it is called as factory({shape}, {num_classes}), with the image shape and the number of classes"
                 )
                 raise unsuitable(self.name, f"{call}: {error}") from error
+            except DistillError:
+                raise
+            except Exception as error:  # it is somebody's code
+                raise unsuitable(self.name, f"it failed with {type(error).__name__}: {error}") from error
             if not isinstance(network, nn.Module):
                 raise unsuitable(self.name, f"it must return a torch.nn.Module, not {type(network).__name__}")
             if network in _seen:

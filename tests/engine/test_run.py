@@ -13,7 +13,7 @@ import pytest
 import torch
 from toys import Wander
 
-from dsdistill import SyntheticDataset, synthesize
+from dsdistill import SyntheticDataset, estimate, synthesize
 from dsdistill.engine import Job, observe
 from dsdistill.errors import (
     BadArtifact,
@@ -466,3 +466,31 @@ def test_conditions_that_change_after_the_last_job_are_noted_too(source, tmp_pat
     assert ["continued under other conditions" in note for note in recipe.notes] == [True, False]
     assert recipe.notes[1] == "redrawn: 0"
     assert len(recipe.parents) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("DM", None), r"method = 'DM'.*dd\.methods\.DM"), ((None, "digits"), r"source = 'digits'.*dd\.data\.load")],
+)
+def test_arguments_of_another_type_are_told_what_to_be(arguments, message, source, method):
+    given = [
+        value if value is not None else default for value, default in zip(arguments, (method, source), strict=True)
+    ]
+    for call in (synthesize, estimate):
+        with pytest.raises(InvalidSetting, match=message):
+            call(*given)
+
+
+def test_a_finished_set_that_was_damaged_says_how_to_make_it_anew(source, tmp_path):
+    synthesize(RandomReal(ipc=1), source, out=tmp_path)
+    (tmp_path / "images.safetensors").write_bytes(b"x")
+    with pytest.raises(BadArtifact, match=r"the finished set of this run is damaged.*--overwrite"):
+        synthesize(RandomReal(ipc=1), source, out=tmp_path)
+    synthesize(RandomReal(ipc=1), source, out=tmp_path, overwrite=True)
+
+
+def test_a_run_that_is_not_finished_is_called_so(source, method, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(method, source, out=tmp_path, callback=interrupt_after(3))
+    with pytest.raises(BadArtifact, match="not finished: the same synthesize command continues it"):
+        SyntheticDataset.load(tmp_path)

@@ -107,3 +107,16 @@ def test_the_set_alone_without_its_run(saved):
     shutil.rmtree(saved / "run")
     assert not damaged(saved)
     assert isinstance(SyntheticDataset.load(saved), SyntheticDataset)
+
+
+def test_a_set_whose_manifest_is_gone_is_no_whole_set(saved):
+    (saved / "dataset.json").unlink()
+    assert damaged(saved) == ["dataset.json"]
+
+
+def test_a_study_is_checked_cell_by_cell(source, tmp_path):
+    for name in ("a", "b"):
+        synthesize(RandomReal(ipc=1), source, out=tmp_path / "cells" / name)
+    assert len(verify(tmp_path)) == 14
+    flip(tmp_path / "cells" / "b" / "grid.png")
+    assert damaged(tmp_path) == ["cells/b/grid.png"]

@@ -531,3 +531,22 @@ def test_networks_that_do_not_fit_are_refused_before_any_training(networks, synt
     with pytest.raises(InvalidSetting):
         evaluate_across(synthetic, source, networks, protocol=QUICK, progress=False)
     assert not trained
+
+
+def test_every_network_is_tried_before_any_is_trained(synthetic, source, trained, monkeypatch):
+    def failing(shape, classes):
+        raise RuntimeError("my own bug")
+
+    monkeypatch.setattr(spec_module, "_registered", {"failing": failing})
+    with pytest.raises(InvalidSetting, match=r"failing.*RuntimeError: my own bug"):
+        evaluate_across(synthetic, source, ["mlp", "failing"], protocol=QUICK, progress=False)
+    assert not trained
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("synthetic", ("runs/dm", None)), ("source", (None, "digits"))])
+def test_arguments_of_another_type_are_told_what_to_be(name, arguments, synthetic, source):
+    given = [
+        value if value is not None else default for value, default in zip(arguments, (synthetic, source), strict=True)
+    ]
+    with pytest.raises(InvalidSetting, match=rf"{name} = .*(load)"):
+        evaluate(*given)

@@ -98,3 +98,28 @@ def test_sets_made_elsewhere():
             SyntheticDataset.from_tensors(images, wrong, normalization=STATISTICS, classes=("a", "b"))
     with pytest.raises(BadData, match="2 class names"):
         SyntheticDataset.from_tensors(images, torch.full((2, 3), 1 / 3), normalization=STATISTICS, classes=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("images", "classes", "message"),
+    [
+        (torch.full((2, 3, 4, 4), torch.nan), ("a", "b"), "NaN"),
+        (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), ("a", "b"), "uint8; give standardised floats"),
+        (torch.zeros(2, 3, 4, 4), ("a", "a"), "class names repeat"),
+    ],
+    ids=["nan", "bytes", "names"],
+)
+def test_sets_that_could_not_be_read_again_are_refused(images, classes, message):
+    with pytest.raises(BadData, match=message):
+        SyntheticDataset.from_tensors(images, torch.tensor([0, 1]), normalization=STATISTICS, classes=classes)
+
+
+def test_arrays_are_taken_like_tensors():
+    images, targets = np.zeros((2, 3, 4, 4), np.float32), np.array([1, 0])
+    set_ = SyntheticDataset.from_tensors(images, targets, normalization=STATISTICS, classes=("a", "b"))
+    assert set_.targets == [1, 0]
+    for ipc in ("a", 1.5, None):
+        with pytest.raises(InvalidSetting, match="ipc"):
+            set_.subset(ipc)
+    with pytest.raises(InvalidSetting, match="path = 3"):
+        SyntheticDataset.load(3)

@@ -200,3 +200,13 @@ def test_a_folder_without_images_is_refused(tmp_path):
 def test_the_statement_of_the_normalisation_cannot_be_left_out():
     with pytest.raises(TypeError, match="normalization"):
         import_published(io.BytesIO(), classes=NAMES)
+
+
+def test_a_normalisation_may_be_named(tmp_path):
+    made = read(saved(tmp_path, [IMAGES, LABELS]), normalization="cifar10")
+    assert made.normalization.mean == (0.4914, 0.4822, 0.4465)
+
+
+def test_pixels_beyond_0_to_1_were_standardised(tmp_path):
+    with pytest.raises(BadData, match=r"pixels reach from -.* not 0 to 1"):
+        read(saved(tmp_path, [IMAGES, LABELS]), pixels="unit")
