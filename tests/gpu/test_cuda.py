@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsdistill import evaluate, synthesize
-from dsdistill.augmentations import Siamese
+from dsdistill import estimate, evaluate, synthesize
+from dsdistill.augmentations import CutMix, Siamese
 from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Job, Run
 from dsdistill.evaluation import EvaluationProtocol
+from dsdistill.methods import DM, RandomReal
 from dsdistill.networks import NetworkSpec, embed
 from dsdistill.objectives.distribution import class_means, mean_distance
+from dsdistill.parameterizations import Mirrored, Tiled, Tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -77,3 +79,38 @@ def test_sets_are_scored_on_the_device(norm, source, method):
     assert first.scores["random"].n == 2
     assert first.peak_memory > 0
     assert abs(first.accuracy.mean - second.accuracy.mean) <= 0.5
+
+
+@pytest.mark.parametrize("form", [Tiles(torch.randn(4, 3, 8, 8), torch.tensor([2, 1, 3, 2])), "mirrored"], ids=str)
+def test_forms_decode_as_on_the_cpu(form):
+    assert torch.get_float32_matmul_precision() == "highest"  # the default
+    here = Mirrored(Tiles(torch.randn(3, 1, 6, 5), torch.tensor([2, 2, 1]))) if form == "mirrored" else form
+    there = copy.deepcopy(here).to(CUDA)
+    for index in (None, torch.tensor([2, 0])):
+        one, other = here.decode(index), there.decode(index)
+        torch.testing.assert_close(other.images.cpu(), one.images, rtol=1e-5, atol=1e-5)
+        assert torch.equal(other.owner, one.owner)
+    there.imitate(here.decode().images.to(CUDA))
+    assert torch.isfinite(there.decode().images).all()
+
+
+def test_tiled_images_are_distilled_and_scored(source):
+    method = DM(ipc=2, iterations=4, real_batch=4, network=NetworkSpec(width=8), form=Tiled(factor=2))
+    made = synthesize(method, source, device=CUDA)
+    protocol = EvaluationProtocol(network=NetworkSpec(width=8), epochs=3, mix=CutMix(probability=1.0))
+    assert evaluate(made, source, protocol=protocol, repeats=2, device=CUDA, progress=False).accuracy.n == 2
+
+
+def test_networks_trained_together_predict_as_those_trained_alone(source):
+    made = synthesize(RandomReal(ipc=4), source)
+    protocol = EvaluationProtocol(network=NetworkSpec(width=8), epochs=5, augmentation=Siamese())
+    options = {"protocol": protocol, "repeats": 4, "baselines": (), "device": CUDA, "progress": False}
+    alone, together = (evaluate(made, source, together=count, **options) for count in (1, 4))
+    assert together.accuracy.mean == pytest.approx(alone.accuracy.mean, abs=0.1)
+
+
+def test_an_estimate_is_of_what_the_device_allocates(source, method):
+    cost = estimate(method, source, device=CUDA)
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    synthesize(method, source, device=CUDA)
+    assert cost.memory == pytest.approx(torch.cuda.max_memory_allocated(CUDA), rel=0.3)
