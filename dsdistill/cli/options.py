@@ -1,7 +1,7 @@
 """What several verbs of the command line share."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,13 +58,20 @@ def say(config: Namespace, text: str) -> None:
         )
 
 
+def split(names: str | Iterable[str]) -> list[str]:
+    """Names with commas between, in one text or several."""
+    texts = (names,) if isinstance(names, str) else names
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
 def data_arguments(parser: ArgumentParser, *, required: bool = True) -> None:
     """Which real images, and how to read them."""
     parser.add_argument(
         "--data",
         type=str if required else str | None,
         required=required,
-        help="Name (digits, mnist, cifar10, ...) or image folder with train/ and val/ or test/.",
+        help="Name (digits, mnist, cifar10, ...), hf:OWNER/NAME of the Hugging Face Hub, or image folder: "
+        "train/CLASS/ and val/CLASS/ or test/CLASS/, or plain CLASS/, of which a share is held out.",
     )
     parser.add_class_arguments(LoadOptions, "load")
 

@@ -1,14 +1,16 @@
 """jsonargparse's parser with our texts: short errors with the nearest name, types as humans write them."""
 
-import argparse
-import difflib
-import re
+import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
+
+from dsdistill.cli.messages import explained, missing, plain_types
+from dsdistill.cli.spelling import as_parsed
 
 _load_yaml = get_loader("yaml")
 
@@ -49,7 +51,7 @@ class HelpFormatter(DefaultHelpFormatter):
     """Writes ``int >= 1`` for ``Annotated[int, Ge(ge=1)]`` and leaves examples as they are."""
 
     def _expand_help(self, action: Any) -> str:
-        return _plain_types(super()._expand_help(action))
+        return plain_types(super()._expand_help(action))
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("Examples:") else super()._fill_text(text, width, indent)
@@ -66,63 +68,33 @@ class Parser(ArgumentParser):
         if not self.exit_on_error:  # one of several readings that the library tries
             super().error(message, ex)
         command = self.prog.replace(" [options]", "")
-        print(f"{command}: error: {_shortened(message)}{_suggestion(message, self)}", file=sys.stderr)
+        verb, told = missing(message, self)
+        command = f"{command} {verb}".rstrip()
+        print(f"{command}: error: {told or explained(message, self)}", file=sys.stderr)
         print(f"Help: {command} --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """As the library's, after the arguments were brought into its spelling."""
+        written = sys.argv[1:] if args is None else args
+        parsed: Namespace = super().parse_args(as_parsed(written), *others, **kwargs)
+        return parsed
 
-def _plain_types(text: str) -> str:
-    signs = {"Ge": ">=", "Gt": ">", "Le": "<=", "Lt": "<"}
-
-    def rewrite(match: re.Match[str]) -> str:
-        limits = [f"{signs[kind]} {value}" for kind, value in re.findall(r"(Ge|Gt|Le|Lt)\(\w+=([^)]*)\)", match[2])]
-        return f"{match[1]} {', '.join(limits)}"
-
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    return re.sub(r"Annotated\[(\w+), ((?:(?:Ge|Gt|Le|Lt)\(\w+=[^)]*\)(?:, )?)+)\]", rewrite, text)
-
-
-# What the library reports of the readings it tried, without a word on the user's mistake.
-_NOISE = re.compile(
-    r"Does not validate against any of the Union|Subtypes:|Errors:$|- Expected a NoneType|Given value( type)?:"
-    r"|Expected a dot import path string|For further information|\d+ validation errors? for constrained"
-    r"|- Expected a path but"
-)
+    def parse_path(self, path: str | os.PathLike[str], *others: Any, **kwargs: Any) -> Namespace:
+        """Read a file of settings; what is wrong with it is said with its name."""
+        try:
+            if os.path.isfile(path):  # a pipe can be read once only, and the library will
+                _require_settings(path)
+            parsed: Namespace = super().parse_path(path, *others, **kwargs)
+        except UnicodeDecodeError as error:
+            raise TypeError(f"{path}: no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        return parsed
 
 
-def _shortened(message: str) -> str:
-    lines = [line for line in _plain_types(message).splitlines() if line.strip() and not _NOISE.search(line)]
-    text = "\n".join(re.sub(r" \[type=\w+, input_value=(.*), input_type=\w+\]", r"; got \1", line) for line in lines)
-    return re.sub(r"(arguments are required: )\w+\.(\w+)", r"\1--\2", text)
-
-
-def _suggestion(message: str, parser: ArgumentParser) -> str:
-    from dsdistill.core.config import describe
-    from dsdistill.methods import get_method, list_methods
-
-    unknown_method = re.search(r"Expected a dot import path string: '?([\w.]+)", message)
-    if unknown_method:
-        return _nearest("method", unknown_method[1], list_methods())
-    unknown_field = re.search(r"(?:Option|Key|Parser key) [\"']([\w.]+)[\"'] is not (?:accepted|expected)", message)
-    if unknown_field:
-        known = {field.name for name in list_methods() for field in describe(get_method(name))}
-        return _nearest("setting", unknown_field[1].rpartition(".")[2], sorted(known))
-    unknown_option = re.search(r"[Uu]nrecognized arguments: (--[\w.]+)", message)
-    if unknown_option:
-        return _nearest("option", unknown_option[1], sorted(_options(parser)), list_all=False)
-    return ""
-
-
-def _options(parser: argparse.ArgumentParser) -> Iterable[str]:
-    for action in parser._actions:
-        yield from (option for option in action.option_strings if option.startswith("--"))
-        if isinstance(action, argparse._SubParsersAction):
-            for verb in action.choices.values():
-                yield from _options(verb)
-
-
-def _nearest(kind: str, name: str, known: list[str], *, list_all: bool = True) -> str:
-    folded = {candidate.lower(): candidate for candidate in known}
-    near = difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)
-    guess = f"; did you mean {folded[near[0]]!r}?" if near else "."
-    return f"\nunknown {kind} {name!r}{guess}" + (f" Known: {', '.join(known)}." if list_all else "")
+def _require_settings(path: str | os.PathLike[str]) -> None:
+    try:
+        content = _load_plain_yaml(Path(path).read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise TypeError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise TypeError(f"{path}: holds no settings; write them as lines such as 'seed: 1'")

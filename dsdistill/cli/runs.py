@@ -1,15 +1,22 @@
 """Verbs that compute: synthesize, evaluate, quickstart."""
 
 import logging
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dsdistill.cli.options import LoadOptions, Verb, data_arguments, load_source, run_arguments, say, summary
+from dsdistill.cli.options import LoadOptions, Verb, data_arguments, load_source, run_arguments, say, split, summary
 from dsdistill.core import storage
-from dsdistill.errors import DistillError, InvalidSetting, OutputConflict
+from dsdistill.errors import DistillError, InvalidSetting, OutputConflict, UnknownName
+
+if TYPE_CHECKING:
+    from dsdistill.networks import NetworkSpec
 
 
 def _synthesize_arguments(parser: ArgumentParser) -> None:
@@ -48,7 +55,8 @@ def _synthesize(config: Namespace) -> Any:
     source = load_source(config)
     if config.dry_run:
         placed = {"device": config.device, "out": config.out, "chunk": config.chunk}
-        cost = dd.estimate(config.method, source, seed=config.seed, **placed)
+        with _quiet():
+            cost = dd.estimate(config.method, source, seed=config.seed, **placed)
         say(config, str(cost))
         return cost.to_json()
     synthetic = dd.synthesize(
@@ -71,6 +79,18 @@ def _synthesize(config: Namespace) -> Any:
     return summary(config.out)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings only: a rehearsal begins the same run several times, and would say so each time."""
+    logger = logging.getLogger("dsdistill")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _evaluate_arguments(parser: ArgumentParser) -> None:
     from dsdistill.evaluation import list_protocols
     from dsdistill.networks import NetworkSpec
@@ -85,7 +105,7 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         "--network",
         type=NetworkSpec | None,
         default=None,
-        help="Network instead of the protocol's: --network.name, --network.width, ...",
+        help="Network instead of the protocol's: its name; --network.width, ...",
     )
     parser.add_argument(
         "--networks",
@@ -93,6 +113,13 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         nargs="*",
         default=None,
         help="Several networks by name, one after the other: the cross-architecture table.",
+    )
+    parser.add_argument(
+        "--selection",
+        type=Literal["last", "validation"] | None,
+        default=None,
+        help="Which network is tested, instead of the protocol's choice: the one after the last epoch, or the best on "
+        "real training images held out.",
     )
     parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per row of the table.")
     parser.add_argument("--together", type=int, default=1, help="Networks trained as one stacked computation.")
@@ -107,36 +134,19 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
 
 
 def _evaluate(config: Namespace) -> Any:
-    from dataclasses import replace
-
     import dsdistill as dd
 
-    if config.out and config.out.exists() and not config.overwrite:
-        raise OutputConflict(config.out, "exists already; choose another file, or --overwrite it")
-    protocol = dd.evaluation.get_protocol(config.protocol)
-    if config.network is not None:
-        protocol = replace(protocol, network=config.network)
-    if config.networks and config.network is not None:
-        raise InvalidSetting("networks", config.networks, "either --network or --networks, not both")
+    networks, options = _evaluation(config)
     synthetic = dd.SyntheticDataset.load(config.path)
-    options = {
-        "protocol": protocol,
-        "epochs": config.epochs,
-        "repeats": config.repeats,
-        "baselines": [name for name in config.baselines if name != "none"],
-        "whole_epochs": config.whole_epochs,
-        "together": config.together,
-        "seed": config.seed,
-        "device": config.device,
-    }
-    if config.networks:
-        across = dd.evaluation.evaluate_across(synthetic, load_source(config), config.networks, **options)
+    if config.out:
+        _require_target(config.out, config.overwrite)
+    if networks is not None:
+        across = dd.evaluation.evaluate_across(synthetic, load_source(config), networks, **options)
         results, shown, content = list(across.results.values()), str(across), across.to_json()
     else:
         result = dd.evaluate(synthetic, load_source(config), **options)
         results, shown, content = [result], str(result), result.to_json()
     if config.out:
-        storage.ensure_writable(config.out.parent)
         storage.write_json(config.out, content)
         say(config, f"written to {config.out}")
     say(config, shown)
@@ -144,6 +154,45 @@ def _evaluate(config: Namespace) -> Any:
         for result in results:
             say(config, f"\naccuracy of each class, {result.protocol.network.name}\n{result.class_table()}")
     return content
+
+
+def _evaluation(config: Namespace) -> "tuple[list[NetworkSpec] | None, dict[str, Any]]":
+    """Networks of the cross-architecture table, if any, and options of `evaluate`, checked before any image is read."""
+    from dsdistill.core.config import whole_number
+    from dsdistill.evaluation import get_protocol
+    from dsdistill.evaluation.score import BASELINES
+    from dsdistill.networks import NetworkSpec
+
+    chosen = {name: getattr(config, name) for name in ("network", "epochs", "selection")}
+    protocol = replace(
+        get_protocol(config.protocol), **{name: value for name, value in chosen.items() if value is not None}
+    )
+    networks = None
+    if config.networks is not None:
+        networks = [NetworkSpec(name) for name in split(config.networks)]
+        if not networks:
+            raise InvalidSetting("--networks", config.networks, "name at least one network")
+        if config.network is not None:
+            raise InvalidSetting("--networks", config.networks, "either --network or --networks, not both")
+    baselines = [name for name in split(config.baselines) if name != "none"]
+    for name in baselines:
+        if name not in BASELINES:
+            raise UnknownName("baseline", name, [*BASELINES, "none"])
+    counts = {
+        name: None if config[name] is None else whole_number(f"--{name}", config[name], 1)
+        for name in ("repeats", "together", "whole_epochs")
+    }
+    options = {"protocol": protocol, "baselines": baselines, "seed": config.seed, "device": config.device, **counts}
+    return networks, options
+
+
+def _require_target(path: Path, overwrite: bool) -> None:
+    """Refuse a file that could not be written after hours of training."""
+    if os.path.isdir(path):
+        raise OutputConflict(path, "is a folder; name a JSON file")
+    if os.path.exists(path) and not overwrite:
+        raise OutputConflict(path, "exists already; choose another file, or --overwrite it")
+    storage.ensure_writable(path.parent)
 
 
 def _quickstart_arguments(parser: ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Verbs on saved sets: inspect, verify, export, import."""
 
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,6 +8,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.options import Verb, data_arguments, load_source, path_arguments, say, summary
 from dsdistill.errors import BadArtifact, InvalidSetting
+
+_EIGHT_BITS = ("folder", "parquet")  # formats that round
 
 
 def _inspect(config: Namespace) -> Any:
@@ -37,6 +40,8 @@ def _verify_arguments(parser: ArgumentParser) -> None:
 def _verify(config: Namespace) -> Any:
     from dsdistill.engine.verify import verify
 
+    if not os.path.exists(config.path):
+        raise BadArtifact(config.path, "there is no such file or folder")
     findings = verify(config.path)
     say(config, "\n".join(f"{'DAMAGED' if f.problem else 'whole  '}  {f.what:<18}  {f.path}" for f in findings))
     problems = [finding.problem for finding in findings if finding.problem]
@@ -65,11 +70,11 @@ def _export(config: Namespace) -> Any:
     suffix = {"folder": "-images", "pt": "-pt"}.get(config.format, f".{config.format}")
     target = config.out or config.path.resolve().with_name(config.path.resolve().name + suffix)
     report = dd.SyntheticDataset.load(config.path).export(target, config.format)
-    say(
-        config,
-        f"{report.images} images in {report.path}; {100 * report.clipped:.2f} % of values were outside [0, 1] and "
-        f"clipped, 8-bit rounding changed the others by at most {report.rounding:.4f}",
+    loss = (
+        f"; {100 * report.clipped:.2f} % of values were outside [0, 1] and clipped, 8-bit rounding changed the others "
+        f"by at most {report.rounding:.4f}"
     )
+    say(config, f"{report.images} images in {report.path}{loss if config.format in _EIGHT_BITS else ''}")
     return {**report._asdict(), "path": str(report.path)}
 
 
@@ -103,6 +108,7 @@ def _import_arguments(parser: ArgumentParser) -> None:
 def _import(config: Namespace) -> Any:
     import dsdistill as dd
 
+    stated = _stated(config)
     source = load_source(config) if config.data is not None else None
     classes = config.classes or (source.classes if source else None)
     if classes is None:
@@ -111,7 +117,7 @@ def _import(config: Namespace) -> Any:
         )
     made = dd.import_published(
         config.path,
-        normalization=_stated(config, source),
+        normalization=source.normalization if source else stated,
         classes=classes,
         pixels=config.pixels,
         factor=config.factor,
@@ -125,25 +131,20 @@ def _import(config: Namespace) -> Any:
     return summary(config.out)
 
 
-def _stated(config: Namespace, source: Any) -> Any:
-    """The normalisation that the user states: a file of tensors does not know it."""
+def _stated(config: Namespace) -> Any:
+    """The normalisation that the user states, None for that of the data: a file of tensors does not know it."""
     from dsdistill.data import Normalization, published_normalization
 
+    named = published_normalization(config.normalization) if config.normalization is not None else None
     numbers = config.mean is not None and config.std is not None
-    if numbers + (config.normalization is not None) + (source is not None) != 1:
+    if numbers + (named is not None) + (config.data is not None) != 1:
         raise InvalidSetting(
             "normalization",
             config.normalization,
             "state it once: by name (--normalization cifar10), by numbers (--mean and --std), or by the real data "
             "(--data cifar10)",
         )
-    if source is not None:
-        return source.normalization
-    return (
-        Normalization(tuple(config.mean), tuple(config.std))
-        if numbers
-        else published_normalization(config.normalization)
-    )
+    return Normalization(tuple(config.mean), tuple(config.std)) if numbers else named
 
 
 VERBS = {

@@ -1,15 +1,16 @@
 """The verb that distils and scores a grid: sweep."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dsdistill.cli.options import Verb, data_arguments, say
-from dsdistill.errors import DistillError, InvalidSetting, UnknownName
+from dsdistill.cli.options import Verb, data_arguments, say, split
+from dsdistill.errors import BadData, DistillError, InvalidSetting, UnknownName
 
 
 class StudyIncomplete(DistillError):
@@ -52,7 +53,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--network",
         type=NetworkSpec | None,
         default=None,
-        help="Network of the evaluation instead of the protocol's: --network.name, --network.width, ...",
+        help="Network of the evaluation instead of the protocol's: its name; --network.width, ...",
     )
     parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per seed and row.")
     parser.add_argument(
@@ -91,23 +92,24 @@ def run(config: Namespace) -> Any:
     from dsdistill.evaluation import get_protocol
 
     protocol = get_protocol(config.protocol)
-    result = studies.grid(
-        config.data,
-        methods(config.methods, config.set),
-        out=config.out,
-        ipc=_integers("ipc", str(config.ipc)),
-        seeds=config.seeds if isinstance(config.seeds, int) else _integers("seeds", config.seeds),
-        protocol=protocol if config.network is None else replace(protocol, network=config.network),
-        epochs=config.epochs,
-        repeats=config.repeats,
-        baselines=[name for name in config.baselines if name != "none"],
-        whole_epochs=config.whole_epochs,
-        workers=config.workers,
-        devices=config.devices.split(",") if config.devices else None,
-        load=vars(config.load),
-        retry_failed=config.retry_failed,
-        checkpoint_every=config.checkpoint_every,
-    )
+    with _mends():
+        result = studies.grid(
+            config.data,
+            methods(config.methods, config.set),
+            out=config.out,
+            ipc=_integers("ipc", str(config.ipc)),
+            seeds=config.seeds if isinstance(config.seeds, int) else _integers("seeds", config.seeds),
+            protocol=protocol if config.network is None else replace(protocol, network=config.network),
+            epochs=config.epochs,
+            repeats=config.repeats,
+            baselines=[name for name in config.baselines if name != "none"],
+            whole_epochs=config.whole_epochs,
+            workers=config.workers,
+            devices=config.devices.split(",") if config.devices else None,
+            load=vars(config.load),
+            retry_failed=config.retry_failed,
+            checkpoint_every=config.checkpoint_every,
+        )
     say(config, str(result))
     if result.points:
         png, svg = studies.plot(result, config.out)
@@ -115,6 +117,17 @@ def run(config: Namespace) -> Any:
     if result.failed:
         raise StudyIncomplete(result.failed, len(result.rows), config.out)
     return result.to_json()
+
+
+@contextmanager
+def _mends() -> Iterator[None]:
+    """A setting that an error names, as it is set here."""
+    try:
+        yield
+    except BadData as error:
+        if "on_small_class" not in str(error):
+            raise
+        raise BadData(f"{error}; here: --set on_small_class=cap, or another --ipc") from error
 
 
 def methods(names: str, assignments: Sequence[str]) -> list[Any]:
@@ -129,7 +142,7 @@ def methods(names: str, assignments: Sequence[str]) -> list[Any]:
     from dsdistill.core.config import describe, from_dict
     from dsdistill.methods import get_method
 
-    classes = {cls.__name__: cls for cls in map(get_method, _parts(names))}
+    classes = {cls.__name__: cls for cls in map(get_method, split(names))}
     fields = {name: {field.name: field for field in describe(cls)} for name, cls in classes.items()}
     settings: dict[str, dict[str, Any]] = {name: {} for name in classes}
     for assignment in assignments:
@@ -179,13 +192,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _integers(name: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in _parts(text)]
+        return [int(part) for part in split(text)]
     except ValueError:
         raise InvalidSetting(f"--{name}", text, "integers with commas between, such as 1,10,50") from None
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dsdistill.core import storage
 from dsdistill.data import workers as processes
 from dsdistill.data.blocks import HASH_BYTES, UNREAD, Block, survey, write
+from dsdistill.data.checks import counted
 from dsdistill.data.decode import Rule, shown
 from dsdistill.data.listing import Listing
 from dsdistill.data.read import BadImages, Shapes
@@ -215,7 +216,8 @@ def build(blocks: Blocks, where: str, bad_images: BadImages, workers: int | None
     done, step, count = blocks.prepare(), blocks.step, len(blocks.listing)
     left = [number for number in range(-(-count // step)) if number not in done]
     bad = {number * step + place: why for number, found in done.items() for place, why in found.items()}
-    logger.info("%s: decoding %d images into %s", where, min(count, len(left) * step), shown(blocks.folder))
+    images = counted(min(count, len(left) * step), "image")
+    logger.info("%s: decoding %s into %s", where, images, shown(blocks.folder))
     with _progress(f"{where}: decoding", count) as progress:
         progress.update(count - min(count, len(left) * step))
         tasks = _Lazy(len(left), lambda place: blocks.block(left[place]))

@@ -4,7 +4,7 @@
 
     CACHE/listings/DIGEST.json      names, sizes and times of files -> key, which saves hashing them again
     CACHE/images/KEY/images.u8      N * C * H * W bytes, class after class
-    CACHE/images/KEY/images.json    manifest: shape, fingerprint, statistics; written last, and then the rest counts
+    CACHE/images/KEY/images.json    manifest: shape, sha256, statistics; written last, and then the rest counts
     CACHE/images/KEY/images.part    the file while it grows
     CACHE/images/KEY/journal.jsonl  finished blocks of it, for who goes on after a kill
     CACHE/images/KEY/lock           held by who builds
@@ -12,6 +12,9 @@
 CACHE is ``$DSDISTILL_CACHE``, else ``$XDG_CACHE_HOME/dsdistill``, else ``~/.cache/dsdistill``. The key is a sha256 of
 what the files hold, their classes and names and how they are decoded; where they are does not matter. Everything here
 may be deleted while no process uses it; nothing is deleted by itself.
+
+Before its first use in a process, a cache is compared with the sha256 in its manifest: one pass over the file, about a
+second per GB where the disk keeps up. A damaged one is made again, with a warning.
 """
 
 import hashlib
@@ -33,6 +36,7 @@ import torch
 from dsdistill.core import storage
 from dsdistill.data import measure
 from dsdistill.data.build import PIXELS, Blocks, Killed, Look, build, look_at
+from dsdistill.data.checksum import file_sha256
 from dsdistill.data.decode import RULE_VERSION, Rule, shown
 from dsdistill.data.listing import Listing
 from dsdistill.data.normalize import Normalization
@@ -42,7 +46,7 @@ from dsdistill.data.store import FilePixels
 from dsdistill.errors import BadArtifact, BadData, OutOfSpace, OutputConflict
 
 MANIFEST = "images.json"
-_FORMAT = {"format": "dsdistill.images", "version": 1}
+_FORMAT = {"format": "dsdistill.images", "version": 2}
 _SETTLED_NS = 2 * 10**9  # a file changed again within the resolution of its time would look unchanged
 
 logger = logging.getLogger("dsdistill")
@@ -69,12 +73,12 @@ class Cached:
     def open(
         self, name: str, *, mirror_safe: bool = True, open_test: Callable[[], ImageSource] | None = None
     ) -> ImageSource:
-        """The images as a source that reads them from the file.
+        """The images as a source that reads them from the file, after comparing it with its sha256 (see the module).
 
         Raises:
             BadArtifact: the cache was removed or damaged meanwhile.
         """
-        manifest = storage.read_manifest(self.folder / MANIFEST)
+        manifest = _checked(self.folder)
         count, channels, height, width = manifest["shape"]
         return ImageSource(
             name,
@@ -107,7 +111,9 @@ def ensure_cached(
 ) -> Cached:
     """Decode the files of a split into the cache, unless they are there.
 
-    An interrupted build goes on where it was. Of two processes that build the same, one waits for the other.
+    An interrupted build goes on where it was. Of two processes that build the same, one waits for the other. A cache
+    that is there is read once by each process, about a second per GB, to compare its sha256; a damaged one is made
+    again.
 
     Args:
         where: what to call the split in messages.
@@ -191,6 +197,7 @@ def _commit(blocks: Blocks, where: str, bad: dict[int, str], bad_images: BadImag
             "counts": list(listing.counts),
             "shape": list(shape),
             "bad": [[index, why] for index, why in sorted(bad.items())],
+            "sha256": file_sha256(folder / PIXELS),
             "fingerprint": fingerprint,
             "normalization": histograms.normalization().to_json(),
             "rule": asdict(blocks.rule),
@@ -207,17 +214,36 @@ def _finished(folder: Path, *, warn: bool = False) -> dict[str, Any] | None:
     if not (folder / MANIFEST).exists():
         return None
     try:
-        manifest = storage.read_manifest(folder / MANIFEST)
-        if {key: manifest.get(key) for key in _FORMAT} != _FORMAT:
-            raise BadArtifact(folder / MANIFEST, "is of another version")
-        found = (folder / PIXELS).stat().st_size if (folder / PIXELS).exists() else 0
-        if found != math.prod(manifest["shape"]):
-            raise BadArtifact(folder / PIXELS, f"holds {found} bytes where {math.prod(manifest['shape'])} belong")
+        return _checked(folder)
     except BadArtifact as error:
         if warn:
             logger.warning("the image cache is damaged and made again: %s", error)
             (folder / MANIFEST).unlink(missing_ok=True)
         return None
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished cache, after comparing the file of pixels with it; see `file_sha256` for the cost.
+
+    Raises:
+        BadArtifact: of another version, missing or damaged.
+    """
+    manifest, pixels = storage.read_manifest(folder / MANIFEST), folder / PIXELS
+    if {key: manifest.get(key) for key in _FORMAT} != _FORMAT:
+        raise BadArtifact(folder / MANIFEST, "is of another version")
+    found = pixels.stat().st_size if pixels.exists() else 0
+    if found != math.prod(manifest["shape"]):
+        raise BadArtifact(
+            pixels, f"holds {found} bytes where {math.prod(manifest['shape'])} belong; loading the data makes it again"
+        )
+    try:
+        digest = file_sha256(pixels)
+    except OSError as error:
+        raise BadArtifact(
+            pixels, f"the cached images cannot be read ({error.strerror}); loading the data makes them again"
+        ) from None
+    if digest != manifest["sha256"]:
+        raise BadArtifact(pixels, "its sha256 differs from the manifest; loading the data makes it again")
     return manifest
 
 

@@ -154,7 +154,8 @@ def load(
         holdout: share of each class held out where the data have no test split ("digits", some folders).
         holdout_seed: seed of that choice.
         storage: where images of a folder are kept: "memory"; "cache", a file that they are decoded into once (see
-            `dsdistill.data.cache`) and read from as they are drawn; "auto", memory up to 1 GiB.
+            `dsdistill.data.cache`) and read from as they are drawn, after each process has checked it once (about a
+            second per GB); "auto", memory up to 1 GiB.
         on_bad_image: "skip" leaves out files of a folder that cannot be decoded and lists them in ``source.skipped``.
         max_skipped: largest share of a split that may be left out.
         device: where to keep the images; None picks the best device. A cache file moves to a GPU if it fills at most

@@ -1,5 +1,6 @@
 """Checks and splits shared by everything that makes an `ImageSource`."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,8 @@ from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
 
 if TYPE_CHECKING:
     from dsdistill.data.store import PixelStore
+
+logger = logging.getLogger("dsdistill")
 
 
 def stratified(
@@ -79,12 +82,28 @@ def checked_counts(
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= len(classes):
         wrong = low if low < 0 else high
-        raise BadData(f"{name}: target {wrong} names no class; the {len(classes)} classes are 0 to {len(classes) - 1}")
+        raise BadData(f"{name}: target {wrong} names no class; {known_labels(classes)}")
     counts = torch.bincount(targets.cpu().to(torch.int64), minlength=len(classes)).tolist()
     empty = [title for title, count in zip(classes, counts, strict=True) if count == 0]
     if empty:
         raise BadData(f"{name}: no images of {some(empty)}; add images or leave the class out")
     return tuple(counts)
+
+
+def warn_of_one_class(name: str, classes: Sequence[str]) -> None:
+    """Log a warning where classes cannot be told apart because there is only one."""
+    if len(classes) == 1:
+        logger.warning("%s: one class only (%s): nothing to tell apart", name, some(classes))
+
+
+def known_labels(classes: Sequence[str]) -> str:
+    """Which labels have a name, for a message."""
+    return "the only class is 0" if len(classes) == 1 else f"the {len(classes)} classes are 0 to {len(classes) - 1}"
+
+
+def counted(number: int, singular: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 image", "2 images"; ``plural`` where it is not the singular with an s."""
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
 def check_size(size: int) -> None:

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from dsdistill.core.device import resolve_device
-from dsdistill.data.checks import require_same_classes
+from dsdistill.data.checks import known_labels, require_same_classes, warn_of_one_class
 from dsdistill.data.decode import to_pixels
 from dsdistill.data.normalize import Normalization
 from dsdistill.data.read import allocate
 from dsdistill.data.source import ImageSource
-from dsdistill.errors import BadData
+from dsdistill.errors import BadData, ShapeMismatch
 
 
 def from_dataset(
@@ -33,7 +33,8 @@ def from_dataset(
 
     An item is (image, label). The image is a Pillow image, a tensor (C, H, W) or (H, W), or an array (H, W, C)
     or (H, W); tensors and arrays are uint8, or float in [0, 1], which is rounded to 8 bits. The label is an int.
-    All images must have one shape. The test split is read when it is first used.
+    All images must have one shape. The test split is read when it is first used, except for its first item, which is
+    compared with the train split at once.
 
     Args:
         train: has ``len`` and ``[i]``; give it without augmentation and without Normalize.
@@ -45,6 +46,7 @@ def from_dataset(
 
     Raises:
         BadData: no map-style dataset, no items, an unsuitable image or label; names the item.
+        ShapeMismatch: the first test image has another shape than the training images.
         DeviceUnavailable: the device is not there.
     """
     place = resolve_device(device)
@@ -55,10 +57,12 @@ def from_dataset(
     _check_labels(f"{name} (train)", targets, names)
     opener = None
     if test is not None:
-        # Now rather than after a long run: the names are at hand without reading any image.
+        # Now rather than after a long run: the names are at hand, and one image shows what most mistakes do to all.
         _require_items(f"{name} (test)", test)
         require_same_classes(name, names, (_class_names(test) if classes is None else None) or names)
+        _check_first(f"{name} (test)", test, tuple(images.shape[1:]), names)
         opener = partial(_open_test, f"{name} (test)", test, names)
+    warn_of_one_class(name, names)
     source = ImageSource(
         name, names, images, targets, normalization=normalization, mirror_safe=mirror_safe, open_test=opener
     )
@@ -78,15 +82,8 @@ def _read(name: str, dataset: Any) -> tuple[Tensor, Tensor]:
     labels: list[int] = []
     shapes: dict[tuple[int, ...], int] = {}
     for index in range(count):
-        where = f"{name}, item {index}"
-        try:
-            item = dataset[index]
-        except Exception as error:
-            raise BadData(f"{where}: reading it failed ({type(error).__name__}: {error})") from error
-        if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise BadData(f"{where}: expected (image, label), got {type(item).__name__}")
-        image = _image(where, item[0])
-        labels.append(_label(where, item[1]))
+        image, label = _item(name, dataset, index)
+        labels.append(label)
         shapes[tuple(image.shape)] = shapes.get(tuple(image.shape), 0) + 1
         if images is None:  # one block from the start: a list to be stacked would take the memory twice
             images = torch.from_numpy(allocate(name, (count, *image.shape)))
@@ -99,6 +96,25 @@ def _read(name: str, dataset: Any) -> tuple[Tensor, Tensor]:
             "shape in the dataset's transform"
         )
     return images, torch.tensor(labels)
+
+
+def _item(name: str, dataset: Any, index: int) -> tuple[Tensor, int]:
+    """Image uint8 (C, H, W) and label."""
+    where = f"{name}, item {index}"
+    try:
+        item = dataset[index]
+    except Exception as error:
+        raise BadData(f"{where}: reading it failed ({type(error).__name__}: {error})") from error
+    if not isinstance(item, (tuple, list)) or len(item) != 2:
+        raise BadData(f"{where}: expected (image, label), got {type(item).__name__}")
+    return _image(where, item[0]), _label(where, item[1])
+
+
+def _check_first(name: str, dataset: Any, shape: tuple[int, ...], classes: tuple[str, ...]) -> None:
+    image, label = _item(name, dataset, 0)
+    if tuple(image.shape) != shape:
+        raise ShapeMismatch(f"{name}, item 0: an image", tuple(image.shape), f"{shape} as in the train split")
+    _check_labels(name, torch.tensor([label]), classes)
 
 
 def _require_items(name: str, dataset: Any) -> int:
@@ -122,6 +138,11 @@ def _image(where: str, image: Any) -> Tensor:
             raise BadData(f"{where}: an array of {image.dtype}; give uint8 (0..255) or float (0..1)")
         image = torch.from_numpy(image.copy())
         image = image.permute(2, 0, 1) if image.ndim == 3 else image
+    elif isinstance(image, Tensor) and image.ndim == 3 and image.shape[2] in (1, 3, 4) and min(image.shape[:2]) > 4:
+        raise BadData(
+            f"{where}: a tensor of shape {tuple(image.shape)} looks like (H, W, C); give (C, H, W), "
+            "as .permute(2, 0, 1) makes it"
+        )
     if not isinstance(image, Tensor):
         raise BadData(f"{where}: an image of type {type(image).__name__}; give a Pillow image, a tensor or an array")
     if image.ndim not in (2, 3) or image.numel() == 0:
@@ -156,10 +177,7 @@ def _label(where: str, label: Any) -> int:
 def _check_labels(name: str, targets: Tensor, classes: tuple[str, ...]) -> None:
     beyond = (targets >= len(classes)).nonzero().flatten().tolist()
     if beyond:
-        raise BadData(
-            f"{name}, item {beyond[0]}: label {int(targets[beyond[0]])} has no name; "
-            f"the {len(classes)} classes are 0 to {len(classes) - 1}"
-        )
+        raise BadData(f"{name}, item {beyond[0]}: label {int(targets[beyond[0]])} has no name; {known_labels(classes)}")
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:

@@ -7,7 +7,7 @@
 - 16-bit grey v becomes round(v / 257), so 0..65535 fills 0..255; nothing is clipped. 16-bit colour keeps the upper
   8 bits, as Pillow reads it. Float images are refused.
 - A ``.npy`` file holds uint8 (H, W) or (H, W, C) with any number of channels, taken as it is; all images of a set
-  then need that number.
+  then need that number. One that looks like (C, H, W), with 1, 3 or 4 first and more than 4 twice, is refused.
 - A size, when asked for, is reached with Pillow's (antialiased) bicubic filter: "stretch" takes the whole frame to
   it, "crop" the largest centred part of the right shape, "pad" fits the whole frame in and centres it on black.
 
@@ -230,6 +230,8 @@ def _array_header(content: bytes) -> tuple[tuple[int, ...], bool, int]:
     shape, by_column, dtype = read(file)
     if dtype != np.uint8 or len(shape) not in (2, 3) or 0 in shape:
         raise ValueError(f"an array of {dtype} {shape}; give uint8 (H, W) or (H, W, C)")
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and min(shape[1:]) > 4:
+        raise ValueError(f"an array of {dtype} {shape}, which looks like (C, H, W); give uint8 (H, W) or (H, W, C)")
     _check_extent(shape[0], shape[1])
     if len(content) - file.tell() != math.prod(shape):
         raise ValueError(f"{len(content) - file.tell()} bytes of pixels where the header says {math.prod(shape)}")

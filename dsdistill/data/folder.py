@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from dsdistill.data.cache import ensure_cached
-from dsdistill.data.checks import require_same_classes, some, stratified
+from dsdistill.data.checks import counted, require_same_classes, some, stratified, warn_of_one_class
 from dsdistill.data.decode import Rule, probe, read_bytes, shown
 from dsdistill.data.listing import Listing, class_folders, list_images
 from dsdistill.data.normalize import Normalization
@@ -109,10 +109,10 @@ def load_listings(
     """
     load = _through_cache if _is_cached(train, test, reading) else _into_memory
     source = load(name, where, train, test, reading, mirror_safe)
-    if source.skipped:
-        logger.warning("%s: the paths of files left out are in source.skipped", name)
+    warn_of_one_class(name, source.classes)
     channels, height, width = source.shape
-    logger.info("%s: %d classes, %d x %d pixels, %d channels", name, source.num_classes, height, width, channels)
+    classes, planes = counted(source.num_classes, "class", "classes"), counted(channels, "channel")
+    logger.info("%s: %s, %d x %d pixels, %s", name, classes, height, width, planes)
     return source if normalization is None else source.normalized_by(normalization)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsdistill.core.device import resolve_device
-from dsdistill.data.checks import require_same_classes, some
+from dsdistill.data.checks import require_same_classes, some, warn_of_one_class
 from dsdistill.data.decode import Pixels, Resize, Rule, checked_size, decode, read_bytes, shown
 from dsdistill.data.normalize import Normalization
 from dsdistill.data.read import BadImages, OnBadImage, Shapes, allocate
@@ -229,6 +229,7 @@ def from_hub(
     reader = _Reader(columns, rule, bad_images)
     images, targets, skipped = reader.read(name, train)
     classes = columns.classes or tuple(str(label) for label in range(int(targets.max()) + 1))
+    warn_of_one_class(name, classes)
     whole = ImageSource(name, classes, images, targets, normalization=normalization, mirror_safe=mirror_safe)
     if test is not None:
         opener = partial(reader.open_test, name, test, classes, whole.shape[0])

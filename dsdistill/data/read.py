@@ -17,11 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsdistill.data.checks import counted
 from dsdistill.data.decode import Pixels, Rule, read_file, shown
 from dsdistill.data.source import Skipped
 from dsdistill.errors import BadData, InvalidSetting
 
 OnBadImage = Literal["error", "skip"]
+_LISTED = 10  # bad files named when they are left out
+
 logger = logging.getLogger("dsdistill")
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
@@ -63,7 +66,8 @@ class BadImages:
         """`check`, then log what is left out and return it."""
         self.check(name, bad, total)
         if bad:
-            logger.warning("%s: %d of %d images are bad and left out: %s", name, len(bad), total, _first(bad))
+            listing = _first(bad, _LISTED) + (" (source.skipped of Python lists all)" if len(bad) > _LISTED else "")
+            logger.warning("%s: %d of %d images are bad and left out: %s", name, len(bad), total, listing)
         return tuple(bad)
 
 
@@ -128,7 +132,7 @@ def read_files(
     Raises:
         BadData: a bad file, mixed sizes or numbers of channels.
     """
-    logger.info("%s: decoding %d images", name, len(paths))
+    logger.info("%s: decoding %s", name, counted(len(paths), "image"))
     shapes, places, bad = Shapes(), list[int](), list[Skipped]()
     buffer: Pixels | None = None
     for place, pixels in enumerate(_in_threads(lambda path: _attempt(path, rule), paths)):
@@ -209,9 +213,9 @@ def allocate(name: str, shape: tuple[int, ...]) -> Pixels:
         ) from None
 
 
-def _first(bad: Sequence[Skipped]) -> str:
-    listing = "; ".join(f"{shown(path)}: {reason}" for path, reason in bad[:3])
-    return f"{listing}; and {len(bad) - 3} more" if len(bad) > 3 else listing
+def _first(bad: Sequence[Skipped], limit: int = 3) -> str:
+    listing = "; ".join(f"{shown(path)}: {reason}" for path, reason in bad[:limit])
+    return f"{listing}; and {len(bad) - limit} more" if len(bad) > limit else listing
 
 
 def _attempt(path: Path, rule: Rule) -> Pixels | Skipped:

@@ -33,7 +33,8 @@ def verify(path: str | Path) -> list[Finding]:
         BadArtifact: there is nothing of ours at ``path``.
     """
     folder = Path(path)
-    cells = sorted(cell for cell in (folder / "cells").glob("*") if (cell / "run").is_dir())
+    study = os.path.isdir(folder / "cells")
+    cells = sorted(cell for cell in (folder / "cells").glob("*") if (cell / "run").is_dir()) if study else []
     if cells:
         return [finding for cell in cells for finding in verify(cell)]
     jobs = sorted((folder / "run" / "jobs").glob("*")) if os.path.isdir(folder / "run") else []

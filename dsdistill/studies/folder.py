@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import filelock
@@ -27,6 +28,7 @@ from dsdistill.errors import BadArtifact, OutputConflict, OutputLocked
 from dsdistill.studies.ledger import Ledger
 
 logger = logging.getLogger("dsdistill")
+_MOST_CHANGES = 11
 RESULTS, _STUDY, _HOLDER = "results.jsonl", "study.json", "lock.json"
 
 
@@ -77,7 +79,7 @@ class StudyFolder:
             except BadArtifact as error:
                 logger.warning("%s; it is written anew (results are not touched)", error)
             else:
-                changes = differences(earlier, json.loads(json.dumps(grid)))
+                changes = _changes(earlier, json.loads(json.dumps(grid)))
                 if changes:
                     listing = "\n  ".join(changes)
                     logger.info("%s holds another grid, which stays. Differences:\n  %s", self.path, listing)
@@ -108,6 +110,22 @@ class StudyFolder:
                 who = "another process"
             raise OutputLocked(self.path, who) from None
         storage.write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
+
+
+def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What a reader wants to know of two grids, in at most a dozen short lines; empty where only versions differ."""
+    old, new = ({method["type"]: method for method in grid.get("methods", [])} for grid in (earlier, now))
+    found = differences(_readable(earlier), _readable(now))
+    found += [line for name in old if name in new for line in differences(old[name], new[name], name)]
+    changes = [shorten(line, 120, placeholder=" ...") for line in found]
+    more = len(changes) - _MOST_CHANGES
+    return changes if more <= 0 else [*changes[:_MOST_CHANGES], f"and {more} more"]
+
+
+def _readable(grid: Mapping[str, Any]) -> dict[str, Any]:
+    """A grid without what follows from the rest, and with the names of its methods."""
+    told = {key: value for key, value in grid.items() if key not in ("cells", "versions")}
+    return {**told, "methods": [method["type"] for method in grid.get("methods", [])]}
 
 
 def cell_folder(study: Path, key: str) -> Path:

@@ -85,6 +85,8 @@ def test_an_import_must_say_how_pixels_were_standardised(saved, images, tmp_path
     assert "did you mean 'cifar10'" in capsys.readouterr().err
     assert run("import", tmp_path / "pt", "--normalization", "cifar10", "--out", tmp_path / "back") == 2
     assert "label order" in capsys.readouterr().err
+    images_file = tmp_path / "pt" / "images.pt"
+    torch.save(torch.load(images_file, weights_only=True).sigmoid(), images_file)
     options = ["--normalization", "cifar10", "--pixels", "unit", "--factor", 2]
     assert run("import", tmp_path / "pt", *names, *options) == 0
     made = SyntheticDataset.load(tmp_path / "back")
@@ -135,3 +137,24 @@ def test_the_form_of_a_set_is_a_setting(form, images, tmp_path, capsys):
     made = SyntheticDataset.load(tmp_path / "out")
     assert len(made) == 2 * {"Plain": 1, "Tiled": 4, "4": 16}[form[-1]]
     assert made.nbytes.images >= 2 * 3 * 8 * 8 * 4
+
+
+def test_only_formats_that_round_tell_of_rounding(saved, capsys):
+    for format, told in (("npz", False), ("pt", False), ("folder", True)):
+        assert run("export", saved, "--format", format) == 0
+        assert ("rounding" in capsys.readouterr().out) is told
+
+
+def test_a_rehearsal_does_not_log_each_of_its_beginnings(images, tmp_path, caplog):
+    options = ["--data", images, *SMALL, *NETWORK, "--out", tmp_path / "out"]
+    assert run("synthesize", *options, "--dry-run") == 0
+    assert "steps on" not in caplog.text
+    assert run("synthesize", *options) == 0
+    assert caplog.text.count("steps on") == 1
+
+
+def test_the_network_to_be_tested_may_be_selected(images, saved, capsys):
+    options = ["--data", images, "--epochs", 1, "--repeats", 1, "--baselines", "none"]
+    assert run("evaluate", saved, *options, "--network", "mlp", "--selection", "validation", "--json") == 0
+    protocol = json.loads(capsys.readouterr().out)["protocol"]
+    assert (protocol["selection"], protocol["network"]["name"]) == ("validation", "mlp")

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from dying import die, write_until_the_second_block
 from PIL import Image
 
 from dsdistill.core import storage
-from dsdistill.data import blocks, build, load
+from dsdistill.data import blocks, build, checksum, load
 from dsdistill.data.cache import cache_folder, ensure_cached
 from dsdistill.data.decode import Rule
 from dsdistill.data.listing import list_images
@@ -452,7 +453,15 @@ def test_two_builders_of_one_cache(root, decoded, monkeypatch, caplog):
 # Damage and lack of space -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "manifest", "version"])
+def alter(path):
+    """Overwrite four bytes in the middle."""
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4] = bytes(value ^ 0xFF for value in content[middle : middle + 4])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["short", "missing", "altered", "manifest", "version"])
 def test_a_damaged_cache_is_made_again_with_one_warning(root, decoded, cache, caplog, damage):
     source = cached(root)
     expected, path = source.fingerprint, source.store.path
@@ -461,6 +470,8 @@ def test_a_damaged_cache_is_made_again_with_one_warning(root, decoded, cache, ca
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "missing":
         path.unlink()
+    elif damage == "altered":
+        alter(path)
     elif damage == "manifest":
         manifest.write_text(manifest.read_text().replace('"cat"', '"car"'))
     else:
@@ -472,6 +483,40 @@ def test_a_damaged_cache_is_made_again_with_one_warning(root, decoded, cache, ca
     assert again.classes == ("cat", "dog")
     assert caplog.text.count("the image cache is damaged and made again") == len(caplog.records) == 1
     assert len(decoded) == 14 + 9
+
+
+def test_a_manifest_without_a_checksum_is_of_another_version(root, decoded, caplog):
+    manifest = cached(root).store.path.with_name("images.json")
+    content = storage.read_manifest(manifest) | {"version": 1}
+    del content["sha256"]
+    storage.write_json(manifest, storage.sealed(content))
+    with caplog.at_level(logging.WARNING, "dsdistill"):
+        cached(root)
+    assert "images.json: is of another version" in caplog.text
+    assert len(decoded) == 14 + 9
+
+
+def test_a_test_split_that_is_damaged_meanwhile_is_refused(root, cache):
+    source = cached(root)
+    (path,) = (path for path in entries(cache) if path != source.store.path)
+    alter(path)
+    with pytest.raises(BadArtifact, match=r"images.u8: its sha256 differs from the manifest; loading the data makes"):
+        _ = source.test
+    assert cached(root).test.fingerprint == load(root, storage="memory").test.fingerprint
+
+
+def test_a_cache_is_read_once_to_be_checked(root, monkeypatch, caplog):
+    cached(root)
+    real, read = hashlib.file_digest, []
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or real(file, kind))
+    monkeypatch.setattr(checksum, "ANNOUNCED_BYTES", 9 * 36)
+    monkeypatch.setattr(checksum, "_known", {})  # as in a new process
+    with caplog.at_level(logging.INFO, "dsdistill"):
+        for _ in range(2):
+            source = cached(root)
+            _ = source.test
+    assert read == [str(source.store.path), str(source.test.store.path)]
+    assert caplog.text.count("images.u8: checking 0.0 GB") == 1  # not of the smaller test split
 
 
 def test_an_interrupted_repair_does_not_warn_again(root, monkeypatch, caplog):

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -77,16 +79,16 @@ def test_class_names_come_from_the_argument_then_the_dataset():
     assert from_dataset(TensorDataset(BYTES[None], torch.tensor([0]))).classes == ("0",)
 
 
-def test_every_item_is_read_once_and_the_test_split_only_when_used():
+def test_every_item_is_read_once_and_the_test_split_when_used():
     train, test = Items([(BYTES, 0), (BYTES, 1)]), Items([(BYTES, 1), (BYTES + 1, 0)])
     given = Normalization((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     source = from_dataset(train, test, normalization=given, name="mine", mirror_safe=False)
-    assert (train.reads, test.reads) == ([1, 1], [0, 0])
+    assert (train.reads, test.reads) == ([1, 1], [1, 0])  # the first one, to compare its shape
     assert source.test.targets.tolist() == [0, 1]
     assert source.test.images[0, 0, 0, 0] == 1
     assert (source.test.normalization, source.test.mirror_safe) == (given, False)
     _ = source.subset([0, 1]).test
-    assert test.reads == [1, 1]
+    assert test.reads == [2, 1]
     assert (source.name, source.normalization, source.mirror_safe) == ("mine", given, False)
 
 
@@ -161,6 +163,47 @@ def test_an_unsuitable_test_split_is_refused_before_anything_of_it_is_read():
     with pytest.raises(BadData, match=r"custom \(test\): the dataset has no items"):
         from_dataset(train, Items([]))
     assert swapped.reads == [0]
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ((BYTES[:1], 0), r"an image has shape \(1, 2, 4\), expected \(3, 2, 4\) as in the train split"),
+        ((BYTES[:, :, :3], 0), r"an image has shape \(3, 2, 3\), expected \(3, 2, 4\)"),
+        ((BYTES, 2), "label 2 has no name; the 2 classes are 0 to 1"),
+        ((BYTES.float(), 0), "float pixels reach from 0 to 230"),
+    ],
+)
+def test_the_first_test_item_is_compared_at_once(first, message):
+    test = Items([first, (BYTES, 0)])
+    with pytest.raises(BadData, match=rf"^custom \(test\), item 0:? ?.*{message}"):
+        from_dataset(Items([(BYTES, 0), (BYTES, 1)]), test)
+    assert test.reads == [1, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_tensors_with_the_channels_last_are_refused(channels, dtype):
+    image = torch.zeros(16, 5, channels, dtype=dtype)
+    with pytest.raises(BadData, match=rf"item 0: .* \(16, 5, {channels}\) looks like \(H, W, C\); give \(C, H, W\)"):
+        from_dataset(Items([(image, 0)]))
+    assert from_dataset(Items([(image.numpy(), 0)])).shape == (channels, 16, 5)
+    assert from_dataset(Items([(image.permute(2, 0, 1), 0)])).shape == (channels, 16, 5)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 3), (4, 16, 4), (16, 4, 3), (16, 16, 2), (5, 16, 16)])
+def test_other_tensors_are_taken_at_their_word(shape):
+    assert from_dataset(Items([(torch.zeros(shape), 0)])).shape == shape
+
+
+def test_a_single_class_is_worth_one_warning(caplog):
+    items = Items([(BYTES, 0), (BYTES, 0)])
+    with caplog.at_level(logging.WARNING, "dsdistill"):
+        source = from_dataset(items, items, classes=["cat"])
+        _ = source.test, source.subset([0])
+    assert [record.message for record in caplog.records] == ["custom: one class only ('cat'): nothing to tell apart"]
+    with pytest.raises(BadData, match="item 1: label 1 has no name; the only class is 0"):
+        from_dataset(Items([(BYTES, 0), (BYTES, 1)]), classes=["cat"])
 
 
 def test_a_missing_class_and_a_missing_device_are_refused():

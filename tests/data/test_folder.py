@@ -62,6 +62,17 @@ def test_class_folders_alone_are_split_by_seed(tmp_path):
     assert load_folder(root, holdout=0.5).counts == (5, 3)  # round(2.5) is 2
 
 
+@pytest.mark.parametrize("storage_kind", ["memory", "cache"])
+def test_one_class_of_one_image(tmp_path, monkeypatch, caplog, storage_kind):
+    monkeypatch.setenv("DSDISTILL_CACHE", str(tmp_path / "cache"))
+    root = fill(tmp_path / "pets", {"train/cat": [1], "test/cat": [2]})
+    with caplog.at_level(logging.INFO, "dsdistill"):
+        _ = load_folder(root, Reading(storage=storage_kind)).test
+    assert caplog.text.count("pets: one class only ('cat'): nothing to tell apart") == 1
+    assert "pets: 1 class, 3 x 4 pixels, 1 channel" in caplog.messages
+    assert f"{root}: decoding 1 image" in (message.partition(" into ")[0] for message in caplog.messages)
+
+
 def test_train_alone_is_split_and_a_class_may_be_called_train(tmp_path):
     source = load_folder(fill(tmp_path / "one", {"train/a": [1, 2], "train/b": [3, 4]}))
     assert (source.classes, source.counts, source.test.counts) == (("a", "b"), (1, 1), (1, 1))

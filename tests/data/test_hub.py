@@ -149,6 +149,12 @@ def test_options_of_the_source():
 # Refusals ------------------------------------------------------------------------------------------------
 
 
+def test_a_single_class_is_worth_one_warning(caplog):
+    cats = rows(labels=[0] * 6, names=["cat"])
+    _ = from_hub({"train": cats, "test": cats}).test
+    assert caplog.messages == ["hub: one class only ('cat'): nothing to tell apart"]
+
+
 def test_columns_that_cannot_be_guessed_are_listed():
     listing = r"Columns: id \(int64\), picture \(.*Image\), kind \(ClassLabel of 3\)"
     with pytest.raises(BadData, match=r"hub: has no columns of type Image; name one with image_column=.*Columns: id"):

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,6 +69,19 @@ def test_many_bad_files_are_counted_and_the_first_named(tmp_path):
     assert text.endswith("; and 2 more")
     assert "2.png" in text
     assert "3.png" not in text
+
+
+@pytest.mark.parametrize(
+    ("count", "rest"), [(2, ""), (10, ""), (12, "; and 2 more (source.skipped of Python lists all)")]
+)
+def test_files_left_out_are_named(tmp_path, caplog, count, rest):
+    paths = write(tmp_path, [None] * count + [1])
+    with caplog.at_level(logging.WARNING, "dsdistill"):
+        read_files("set", paths, bad_images=BadImages("skip", 1))
+    (text,) = (record.message for record in caplog.records)
+    assert text.startswith(f"set: {count} of {count + 1} images are bad and left out: {paths[0]}: not a readable image")
+    assert [str(path) in text for path in paths] == [index < min(count, 10) for index in range(count + 1)]
+    assert text.endswith(f"; replace or remove the file{rest}")
 
 
 def test_settings_are_checked():
