@@ -86,7 +86,7 @@ def estimate(
 
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    rehearse(min(1, method.steps))  # what comes first is slow: libraries are loaded, memory is found
+    cold, _ = rehearse(min(1, method.steps))  # what comes first is slow: libraries are loaded, memory is found
     first, files = rehearse(min(1, method.steps))
     more = min(method.steps, 1 + max(2, min(20, int(_SECONDS / first))))
     step = (rehearse(more)[0] - first) / (more - 1) if more > 1 else 0.0
@@ -96,7 +96,7 @@ def estimate(
         steps=method.steps * jobs,
         rehearsed=more,
         chunk=execution.run.chunk,
-        seconds=jobs * (first + max(step, 0.0) * max(0, method.steps - 1)),
+        seconds=max(0.0, cold - first) + jobs * (first + max(step, 0.0) * max(0, method.steps - 1)),
         memory=peak_memory(run.device),
         free_memory=free_memory(run.device),
         disk=checkpoint.nbytes(execution.state) * (keep + 1) + jobs * (files + _LINE * method.steps),
