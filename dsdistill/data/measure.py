@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -39,13 +38,4 @@ class Histograms:
 
     def normalization(self) -> Normalization:
         """Mean and population deviation as `Normalization.measure` gives them for the same images."""
-        moments = [_moments(counts.tolist()) for counts in self._counts]
-        return Normalization(tuple(mean for mean, _ in moments), tuple(std or 1.0 for _, std in moments))
-
-
-def _moments(counts: list[int]) -> tuple[float, float]:
-    total = sum(counts)
-    first = sum(value * count for value, count in enumerate(counts))
-    second = sum(value * value * count for value, count in enumerate(counts))
-    # Python integers: the difference below is exact, where floats would cancel.
-    return first / (total * 255), math.sqrt((total * second - first * first) / (total * total)) / 255
+        return Normalization.of_histograms(self._counts.tolist())

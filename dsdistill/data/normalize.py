@@ -154,7 +154,12 @@ class Normalization:
             raise ShapeMismatch("images to measure", tuple(images.shape), "(N, C, H, W) with at least one pixel")
         if images.dtype != torch.uint8:
             raise BadData(f"images to measure have dtype {images.dtype}; give uint8 (0..255)")
-        moments = [_moments(images[:, channel]) for channel in range(images.shape[1])]
+        return cls.of_histograms([_histogram(images[:, channel]) for channel in range(images.shape[1])])
+
+    @classmethod
+    def of_histograms(cls, histograms: Sequence[Sequence[int]]) -> "Normalization":
+        """As `measure`, from how often each channel takes each of the values 0 to 255."""
+        moments = [_moments(counts) for counts in histograms]
         return cls(tuple(mean for mean, _ in moments), tuple(std or 1.0 for _, std in moments))
 
     def _check(self, images: Tensor) -> None:
@@ -172,12 +177,15 @@ def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _moments(pixels: Tensor) -> tuple[float, float]:
-    """Mean and population deviation of uint8 pixels, in units of 255."""
+def _histogram(pixels: Tensor) -> list[int]:
     histogram = torch.zeros(256, dtype=torch.int64)
     for chunk in torch.split(pixels, 4096):
         histogram += torch.bincount(chunk.reshape(-1), minlength=256).cpu()
-    counts = histogram.tolist()
+    return histogram.tolist()
+
+
+def _moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Mean and population deviation of uint8 pixels, in units of 255, from how often each value occurs."""
     total = sum(counts)
     first = sum(value * count for value, count in enumerate(counts))
     second = sum(value * value * count for value, count in enumerate(counts))

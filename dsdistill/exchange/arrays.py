@@ -27,7 +27,7 @@ def write_npz(synthetic: "SyntheticDataset", path: Path) -> Export:
         "mean": np.array(synthetic.normalization.mean, dtype=np.float64),
         "std": np.array(synthetic.normalization.std, dtype=np.float64),
         "classes": np.array(synthetic.classes),
-        **{f"zca_{name}": tensor.numpy() for name, tensor in synthetic.normalization.tensors().items()},
+        **{name: tensor.numpy() for name, tensor in synthetic.normalization.tensors().items()},
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

@@ -15,6 +15,8 @@ def write_card(synthetic: "SyntheticDataset") -> str:
     classes = ", ".join(synthetic.classes[:20]) + (", ..." if len(synthetic.classes) > 20 else "")
     source_name = str(recipe.source.get("name"))
     learned = f", {size.learned:,} of other learned tensors ({', '.join(synthetic.learned)})" if size.learned else ""
+    zca = synthetic.normalization.zca
+    whitened = f", then whitened (ZCA, eps {zca.eps}; the matrices are in normalization.safetensors)" if zca else ""
     return f"""---
 tags: [dataset-distillation]
 source_datasets: [{json.dumps(source_name)}]
@@ -39,7 +41,7 @@ image, target = synthetic[0]  # float32, standardised: ready for a network
 ```
 
 Pixels are standardised with mean {list(synthetic.normalization.mean)} and standard deviation
-{list(synthetic.normalization.std)}; `synthetic.normalization.to_unit` brings them back to [0, 1].
+{list(synthetic.normalization.std)}{whitened}; `synthetic.normalization.to_unit` brings them back to [0, 1].
 
 | setting | value |
 |---|---|

@@ -7,8 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from PIL import Image
 
 import dsdistill as dd
 from dsdistill.cli import verbs
@@ -17,20 +15,6 @@ from dsdistill.cli.verbs import VERBS
 
 SMALL = ["--method", "DM", "--method.ipc", "1", "--method.iterations", "3", "--method.real_batch", "4"]
 NETWORK = ["--method.network.name", "convnet", "--method.network.width", "8"]
-
-
-@pytest.fixture
-def images(tmp_path):
-    """An image folder with two classes; the second has a name that is hard on terminals."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for base, name in ((40, "cats"), (160, "dögs 🐕")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(base, base + 50, (8, 8, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-    return tmp_path / "data"
 
 
 def run(*arguments):

@@ -4,26 +4,12 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 
 from dsdistill import SyntheticDataset
 from dsdistill.cli.main import main
 
 SMALL = ["--method", "DM", "--method.ipc", "1", "--method.iterations", "3", "--method.real_batch", "4"]
 NETWORK = ["--method.network.width", "8"]
-
-
-@pytest.fixture
-def images(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for base, name in ((40, "cats"), (160, "dogs")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(base, base + 50, (8, 8, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-    return tmp_path / "data"
 
 
 @pytest.fixture
@@ -65,7 +51,7 @@ def test_an_exported_set_comes_back(saved, images, tmp_path):
     original = SyntheticDataset.load(saved)
     assert run("export", saved, "--format", "pt", "--out", tmp_path / "pt") == 0
     mean, std = ([*values] for values in (original.normalization.mean, original.normalization.std))
-    by_hand = ["--mean", mean, "--std", std, "--classes", "[cats, dogs]"]
+    by_hand = ["--mean", mean, "--std", std, "--classes", "[cats, dögs 🐕]"]
     for name, stated in (("hand", by_hand), ("data", ["--data", images])):
         assert run("import", tmp_path / "pt", *stated, "--out", tmp_path / name) == 0
         back = SyntheticDataset.load(tmp_path / name)
@@ -76,7 +62,7 @@ def test_an_exported_set_comes_back(saved, images, tmp_path):
 
 def test_an_import_must_say_how_pixels_were_standardised(saved, images, tmp_path, capsys):
     run("export", saved, "--format", "pt", "--out", tmp_path / "pt")
-    names = ["--classes", "[cats, dogs]", "--out", tmp_path / "back"]
+    names = ["--classes", "[cats, dögs 🐕]", "--out", tmp_path / "back"]
     twice = ["--normalization", "cifar10", "--mean", "[0,0,0]", "--std", "[1,1,1]"]
     for stated in ([], twice, ["--data", images, "--normalization", "cifar10"]):
         assert run("import", tmp_path / "pt", *names, *stated) == 2

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsdistill import SyntheticDataset
+from dsdistill import SyntheticDataset, data
 from dsdistill.data import Normalization
 from dsdistill.errors import BadData, DistillError, InvalidSetting, MissingExtra
 from dsdistill.labels import HardLabels, SoftLabels
@@ -123,3 +123,19 @@ def test_arrays_are_taken_like_tensors():
             set_.subset(ipc)
     with pytest.raises(InvalidSetting, match="path = 3"):
         SyntheticDataset.load(3)
+
+
+def test_whitened_sets_say_so_wherever_they_go(tmp_path):
+    images = torch.randint(0, 256, (9, 1, 3, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    source = data.whiten(data.ImageSource("toy", ("a", "b", "c"), images, torch.arange(9) % 3))
+    standardised, targets = next(source.batches(9))
+    options = {"normalization": source.normalization, "classes": source.classes}
+    synthetic = SyntheticDataset.from_tensors(standardised, targets, **options)
+    synthetic.export(tmp_path / "x.npz", "npz")
+    with np.load(tmp_path / "x.npz") as arrays:
+        flat = arrays["images"].reshape(9, -1) @ arrays["zca_inverse"] + arrays["zca_mean"]
+        unit = flat.reshape(9, 1, 3, 2) * arrays["std"][:, None, None] + arrays["mean"][:, None, None]
+    assert np.abs(unit * 255 - source.images.numpy()).max() < 1e-2
+    folder = synthetic.save(tmp_path / "set")
+    assert "then whitened (ZCA, eps 0.1" in (folder / "README.md").read_text()
+    assert torch.equal(SyntheticDataset.load(folder).tensors()[0], standardised)
