@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from dsdistill.core.config import to_dict
+from dsdistill.core.config import to_dict, whole_number
 from dsdistill.core.device import resolve_device
 from dsdistill.core.rng import isolated_global_rng
 from dsdistill.data import ImageSource
@@ -115,7 +115,7 @@ def grid(
     scoring = _scoring(protocol, epochs, repeats, baselines, whole_epochs, evaluation_seed)
     reference = DataReference(data, dict(load or {}))
     chosen = named_methods(methods)
-    _require_count("checkpoint_every", checkpoint_every)
+    checkpoint_every = whole_number("checkpoint_every", checkpoint_every, 1)
     places = _devices(devices)
     count = _workers(workers, places, own=executor is None)
     budgets, numbers = _integers("ipc", ipc, least=1), _integers("seeds", seeds, counted=True)
@@ -238,21 +238,13 @@ def _scoring(
 
 def _integers(name: str, values: int | Iterable[int], *, least: int | None = None, counted: bool = False) -> list[int]:
     """Different integers in the order given; a single one is itself, or how many there are, counted from 0."""
-    if isinstance(values, int) and counted:
-        _require_count(name, values)
-        values = range(values)
-    several = [values] if isinstance(values, int) else list(dict.fromkeys(values))
-    for value in several:
-        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-            raise InvalidSetting(name, value, "integers" if least is None else f"integers of at least {least}")
+    if not isinstance(values, Iterable):
+        single = whole_number(name, values, 1 if counted else least)
+        values = range(single) if counted else [single]
+    several = list(dict.fromkeys(whole_number(name, value, least) for value in values))
     if not several:
         raise InvalidSetting(name, several, "at least one")
     return several
-
-
-def _require_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidSetting(name, value, "an integer of at least 1")
 
 
 def _devices(devices: Sequence[str] | None) -> list[str]:
@@ -269,8 +261,7 @@ def _devices(devices: Sequence[str] | None) -> list[str]:
 def _workers(workers: int | None, devices: Sequence[str], *, own: bool) -> int | None:
     """How many processes; with an executor, None for no limit."""
     if workers is not None:
-        _require_count("workers", workers)
-        return workers
+        return whole_number("workers", workers, 1)
     if not own:
         return None
     # Never the number of open cells: it would differ in a study that goes on, and with it the threads of a process.

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pytest
 import torch
 from studies.actors import Fragile, Slow, toy_source
@@ -22,6 +23,7 @@ from dsdistill.networks import NetworkSpec
 from dsdistill.studies import worker
 from dsdistill.studies.cells import DataReference
 from dsdistill.studies.folder import StudyFolder
+from dsdistill.studies.study import _integers
 from dsdistill.synthetic import SyntheticDataset
 
 TINY = DM(iterations=2, real_batch=4, network=NetworkSpec(width=8, depth=1))
@@ -398,3 +400,12 @@ def test_progress_is_a_line_for_each_cell_where_there_is_no_terminal(grid, caplo
     row = result.rows[-1]
     mean = 100 * sum(row["accuracies"]) / 2
     assert told[-1] == f"{row['key'][:12]} RandomReal ipc 2 seed 1: {mean:.2f} % (4/4)"
+
+
+def test_integers_of_any_library_are_whole_numbers():
+    assert _integers("ipc", np.int64(3), least=1) == [3]
+    assert _integers("seeds", np.int32(2), counted=True) == [0, 1]
+    assert _integers("seeds", np.array([5, 0, 5])) == [5, 0]
+    for wrong in (True, 1.5, [1.5], [True], []):
+        with pytest.raises(InvalidSetting):
+            _integers("ipc", wrong, least=1)
