@@ -17,7 +17,8 @@ from dsdistill.core.device import default_chunk, settle_allocator
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
-from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train
+from dsdistill.evaluation.examine import accuracy, confusion, fresh_network
+from dsdistill.training import TrainingSet, train
 
 MODULE = "benchmarks.speed.evaluator"
 SHAPE = (3, 32, 32)

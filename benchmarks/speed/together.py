@@ -19,8 +19,9 @@ from benchmarks.speed.quiet import OtherLoad, wait_for_quiet
 from dsdistill.core.device import settle_allocator, synchronize
 from dsdistill.core.rng import Rng
 from dsdistill.evaluation import get_protocol
-from dsdistill.evaluation.train import TrainingSet, fresh_network, train, train_together
+from dsdistill.evaluation.examine import fresh_network
 from dsdistill.networks import NetworkSpec
+from dsdistill.training import TrainingSet, train, train_together
 
 SETTINGS = {  # networks, width (None: an MLP), images, their shape
     "4 ConvNets of width 128, 100 images 3x32x32": (4, 128, 100, (3, 32, 32)),

@@ -32,6 +32,10 @@ class Rng:
         """The same run's streams for another job."""
         return replace(self, job=job)
 
+    def within(self, name: str, iteration: int = 0) -> "Rng":
+        """Streams of their own for a part of this job: the training of a network at ``iteration``, say."""
+        return replace(self, job=f"{self.job}\x1e{name}\x1e{iteration}")
+
     def integer(self, name: str, iteration: int = 0) -> int:
         """A 63-bit seed for stream ``name`` at ``iteration``."""
         text = f"{self.seed}\x1f{self.job}\x1f{name}\x1f{iteration}"

@@ -2,6 +2,21 @@
 
 from dsdistill.engine.rehearsal import Estimate, estimate
 from dsdistill.engine.run import synthesize
-from dsdistill.engine.synthesizer import Job, Metrics, PerClass, Run, State, Synthesizer
+from dsdistill.engine.shared import Rehearsal, Shared
+from dsdistill.engine.synthesizer import Job, Metrics, PerClass, Preset, Run, State, Synthesizer, frozen
 
-__all__ = ["Estimate", "Job", "Metrics", "PerClass", "Run", "State", "Synthesizer", "estimate", "synthesize"]
+__all__ = [
+    "Estimate",
+    "Job",
+    "Metrics",
+    "PerClass",
+    "Preset",
+    "Rehearsal",
+    "Run",
+    "Shared",
+    "State",
+    "Synthesizer",
+    "estimate",
+    "frozen",
+    "synthesize",
+]

@@ -12,6 +12,7 @@ from dsdistill.core.device import free_memory, peak_memory
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run import Execution, prepared_run
+from dsdistill.engine.shared import Rehearsal
 from dsdistill.engine.synthesizer import Synthesizer
 
 _SECONDS = 3.0  # a rehearsal that takes less than this makes more steps, so that its clock means something
@@ -69,7 +70,8 @@ def estimate(
 ) -> Estimate:
     """Rehearse the first steps of a run, writing nothing, and say what the whole run will cost.
 
-    The method's ``prepare`` is run too. Arguments, and errors raised before any work, as in `synthesize`.
+    The method's ``prepare`` is rehearsed too: networks are trained for a few steps only. Arguments, and errors raised
+    before any work, as in `synthesize`.
 
     Raises:
         OutOfMemory: the run would not fit, whatever the chunk.
@@ -79,7 +81,7 @@ def estimate(
     execution = Execution(method, run, order=lambda jobs: jobs[:1])
 
     def rehearse(steps: int) -> tuple[float, int]:
-        execution.limit, begin = steps, time.perf_counter()
+        execution.limit, execution.rehearsal, begin = steps, Rehearsal(), time.perf_counter()
         made = execution()
         seconds = time.perf_counter() - begin
         return seconds, sum(map(len, made.files().values()))
@@ -88,6 +90,7 @@ def estimate(
         torch.cuda.reset_peak_memory_stats(run.device)
     cold, _ = rehearse(min(1, method.steps))  # what comes first is slow: libraries are loaded, memory is found
     first, files = rehearse(min(1, method.steps))
+    left_out = execution.rehearsal or Rehearsal()
     more = min(method.steps, 1 + max(2, min(20, int(_SECONDS / first))))
     step = (rehearse(more)[0] - first) / (more - 1) if more > 1 else 0.0
     return Estimate(
@@ -96,10 +99,10 @@ def estimate(
         steps=method.steps * jobs,
         rehearsed=more,
         chunk=execution.run.chunk,
-        seconds=max(0.0, cold - first) + jobs * (first + max(step, 0.0) * max(0, method.steps - 1)),
+        seconds=left_out.seconds + max(0.0, cold - first) + jobs * (first + max(step, 0.0) * max(0, method.steps - 1)),
         memory=peak_memory(run.device),
         free_memory=free_memory(run.device),
-        disk=checkpoint.nbytes(execution.state) * (keep + 1) + jobs * (files + _LINE * method.steps),
+        disk=left_out.disk + checkpoint.nbytes(execution.state) * (keep + 1) + jobs * (files + _LINE * method.steps),
         free_disk=storage.free_space(Path(out)) if out is not None else None,
     )
 

@@ -15,6 +15,7 @@ from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
 from dsdistill.engine.observe import Observer, StepEvent, StopRequest
+from dsdistill.engine.shared import Rehearsal, Shared
 from dsdistill.engine.synthesizer import Job, Metrics, Run, State, Synthesizer
 from dsdistill.engine.workspace import Workspace
 from dsdistill.errors import BadArtifact, BadData, DistillError, Diverged, OutOfMemory, Stopped
@@ -151,14 +152,19 @@ class Execution:
     """Which jobs to run, in which order; the result does not depend on the order, and the contract suite says so."""
     limit: int | None = None
     """Stop each job after this many steps, to learn what they cost."""
+    rehearsal: Rehearsal | None = None
+    """Preparations are cut short, and counted here."""
     observer: Observer = field(init=False)
     stop: StopRequest = field(init=False)
     state: State = field(init=False)
     """Of the job at work, or of the last one."""
 
     def __call__(self) -> SyntheticDataset:
-        method, run = self.method, self.run
         self.stop = StopRequest(active=self.workspace is not None)
+        kept = self.workspace.shared if self.workspace else None
+        shared = Shared(kept, lambda: self._give_way(steps=0), self.rehearsal)
+        method, run = self.method, replace(self.run, shared=shared)
+        self.run = run
         with isolated_global_rng(run.device), self.stop, self._explained():
             seed_global(run.rng.integer("global/prepare"), run.device)
             method.prepare(run)

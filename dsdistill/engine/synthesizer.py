@@ -7,7 +7,7 @@ and from where it starts) and `Synthesizer.step` (the paper's inner page); the e
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from annotated_types import Ge
@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from dsdistill.core.config import check_names, validate
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
+from dsdistill.engine.shared import Shared
 from dsdistill.errors import BadData, UnknownName
 from dsdistill.labels import HardLabels, Labels
 from dsdistill.networks import Need, NetworkSpec, has_batchnorm
@@ -26,6 +27,13 @@ from dsdistill.synthetic import SyntheticDataset
 
 Metrics = Mapping[str, Tensor]
 """What a step reports: detached scalar tensors by name, each of which must be finite."""
+
+
+class Preset(NamedTuple):
+    """Settings that were published: where, and what differs from the defaults."""
+
+    source: str
+    settings: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Run:
 
     ``source`` lives on ``device`` and gives no way to the test split; ``rng`` and ``classes`` are those of the
     current job; ``chunk`` is how many images should pass a network at a time (memory and cache, not maths);
-    ``recipe`` says how the set is being made (empty in a run made by hand).
+    ``recipe`` says how the set is being made (empty in a run made by hand); ``shared`` keeps what all jobs need and
+    is costly to make (trained networks).
     """
 
     source: ImageSource
@@ -65,6 +74,7 @@ class Run:
     classes: tuple[int, ...]
     chunk: int
     recipe: Recipe = field(default_factory=lambda: Recipe(method={}, seed=0, source={}))
+    shared: Shared = field(default_factory=Shared, repr=False)
     _networks: dict[tuple[NetworkSpec, str], nn.Module] = field(default_factory=dict, repr=False)
 
     def scoped(self, job: Job) -> "Run":
@@ -92,10 +102,16 @@ class Run:
         else:
             network = spec.refresh(kept, shape, classes, generator=generator, device=self.device)
         self._networks[spec, name] = network
-        for part in network.modules():
-            if isinstance(part, _DropoutNd):
-                part.eval()
-        return network.requires_grad_(False)
+        return frozen(network)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """The network itself, ready to look at images: in training mode, without dropout, its parameters fixed."""
+    network.train()
+    for part in network.modules():
+        if isinstance(part, _DropoutNd):
+            part.eval()
+    return network.requires_grad_(False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +120,8 @@ class Synthesizer(ABC):
 
     The base class of all methods: a frozen, keyword-only dataclass whose fields are the settings, checked when the
     object is made. Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps`
-    and `step`. Most extend `PerClass`, which brings ``ipc``.
+    and `step`. Most extend `PerClass`, which brings ``ipc``. ``presets`` are published settings by dataset and budget:
+    "cifar10/ipc10", or "cifar10/ipc10/repo" where a paper and its code differ.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
@@ -112,7 +129,7 @@ class Synthesizer(ABC):
 
     paper: ClassVar[str]
     network_needs: ClassVar[tuple[Need, ...]] = ()
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    presets: ClassVar[Mapping[str, Preset]] = {}
 
     def __post_init__(self) -> None:
         validate(self)
@@ -170,7 +187,7 @@ class Synthesizer(ABC):
         if name not in cls.presets:
             raise UnknownName(f"preset of {cls.__name__}", name, cls.presets)
         check_names(cls, changes)
-        return cls(**{**cls.presets[name], **changes})
+        return cls(**{**cls.presets[name].settings, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,16 +228,23 @@ class PerClass(Synthesizer):
         Plain pixels are real images; other forms resemble them once decoded. A class with too few images gives as
         many stored images as it has real ones ("cap"), or repeats them ("duplicate").
         """
+        most = self.form.images_per_class(self.ipc)
+        drawn = run.source.per_class_indices(run.classes, most, run.rng.at("init"))
+        return self.made_of(run, torch.split(drawn, run.source.sizes_per_class(run.classes, most)))
+
+    def made_of(self, run: Run, chosen: Sequence[Tensor]) -> tuple[Parameterization, HardLabels]:
+        """Images that resemble chosen real ones, class-major, with hard labels.
+
+        Args:
+            chosen: for each class of the run the storage indices of its real images, best first; they are taken in
+                the order in which the form decodes, and again from the first where there are too few.
+        """
         images, labels = self._blank(run)
-        # Real images in the order in which the form decodes: the next one of its class for each decoded image.
         position = torch.full((run.source.num_classes,), -1)
         position[list(run.classes)] = torch.arange(len(run.classes))
         wanted = position[labels.classes[images.decode().owner]]
-        most = int(wanted.bincount().max())
-        drawn = run.source.per_class_indices(run.classes, most, run.rng.at("init"))
-        blocks = torch.split(drawn, run.source.sizes_per_class(run.classes, most))
-        index = drawn.new_empty(len(wanted))
-        for place, block in enumerate(blocks):
+        index = chosen[0].new_empty(len(wanted))
+        for place, block in enumerate(chosen):
             slots = (wanted == place).nonzero().flatten()
             index[slots.to(index.device)] = block.repeat(-(-len(slots) // len(block)))[: len(slots)]
         images.to(run.device).imitate(run.source.gather(index))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsdistill.core import storage
-from dsdistill.engine import checkpoint
+from dsdistill.engine import checkpoint, shared
 from dsdistill.errors import BadArtifact
 from dsdistill.synthetic import MANIFEST, SyntheticDataset, read_manifest
 
@@ -37,7 +37,9 @@ def verify(path: str | Path) -> list[Finding]:
     cells = sorted(cell for cell in (folder / "cells").glob("*") if (cell / "run").is_dir()) if study else []
     if cells:
         return [finding for cell in cells for finding in verify(cell)]
-    jobs = sorted((folder / "run" / "jobs").glob("*")) if os.path.isdir(folder / "run") else []
+    ran = os.path.isdir(folder / "run")
+    jobs = sorted((folder / "run" / "jobs").glob("*")) if ran else []
+    kept = [place for place in sorted((folder / "run" / "shared").glob("*")) if place.suffix != ".tmp"] if ran else []
     sets = [folder, *(job / "part" for job in jobs), folder / "run" / "last-good"]
     findings = [finding for place in sets if os.path.exists(place / MANIFEST) for finding in _set(place)]
     if os.path.exists(folder / "run" / "run.json"):
@@ -45,6 +47,7 @@ def verify(path: str | Path) -> list[Finding]:
         findings.append(_checked(record, "record of the run", partial(storage.read_manifest, record)))
     steps = [step for job in jobs for step in sorted(job.glob("step_*[0-9]"))]
     findings += [_checked(step, "checkpoint", partial(checkpoint.read, step)) for step in steps]
+    findings += [_checked(place, "what jobs share", partial(shared.read, place)) for place in kept]
     orphan = folder / SyntheticDataset.FILES[0]
     if os.path.exists(orphan) and not os.path.exists(folder / MANIFEST):
         problem = (

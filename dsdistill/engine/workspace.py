@@ -8,6 +8,7 @@
     DIR/run/lock                    held while a process works here
     DIR/run/jobs/KEY/step_*         checkpoints, removed once the set is finished
     DIR/run/jobs/KEY/part           a finished job's images, where a run has several jobs
+    DIR/run/shared/NAME             what all jobs share (trained networks), removed once the set is finished
     DIR/run/last-good               what was saved when the loss stopped being finite
 """
 
@@ -75,7 +76,7 @@ class Workspace:
         for folder in (self.folder, self.run):
             storage.sweep_temporaries(folder)
         if self.finished:
-            shutil.rmtree(self.run / "jobs", ignore_errors=True)  # a kill may have come before this
+            self._remove_scaffolding()  # a kill may have come before this
         else:
             self.record(self.recipe)
         return self
@@ -97,6 +98,11 @@ class Workspace:
     def metrics(self) -> Path:
         """The log of the run's steps."""
         return self.run / "metrics.jsonl"
+
+    @property
+    def shared(self) -> Path:
+        """Where what all jobs share is kept."""
+        return self.run / "shared"
 
     def require_space(self, state: State) -> None:
         """Refuse to start where the disk has no room for what the run will keep: checkpoints, and the set itself.
@@ -132,7 +138,11 @@ class Workspace:
     def commit(self, synthetic: SyntheticDataset) -> None:
         """Write the finished set and remove what only served to get there."""
         synthetic.save(self.folder)
-        shutil.rmtree(self.run / "jobs", ignore_errors=True)
+        self._remove_scaffolding()
+
+    def _remove_scaffolding(self) -> None:
+        for folder in (self.run / "jobs", self.shared):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_last_good(self, synthetic: SyntheticDataset) -> Path:
         """Keep the last state before divergence, marked by its place and its notes."""
@@ -183,7 +193,7 @@ class Workspace:
                 (self.folder / name).unlink(missing_ok=True)
         for path in (_RUN, "metrics.jsonl"):
             (self.run / path).unlink(missing_ok=True)
-        for name in ("jobs", "last-good"):
+        for name in ("jobs", "shared", "last-good"):
             shutil.rmtree(self.run / name, ignore_errors=True)
 
     def _compare(self) -> None:

@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 
-from dsdistill.augmentations import Augmentation, CutMix, Mix, Siamese, always_flip_color_cutout, flip_first
-from dsdistill.core.config import validate
-from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.augmentations import CutMix, Siamese, always_flip_color_cutout, flip_first
+from dsdistill.errors import UnknownName
 from dsdistill.networks import NetworkSpec
+from dsdistill.training import TrainingRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationProtocol:
-    """How a network is trained on a set before it is tested, with cross-entropy and a step schedule.
+class EvaluationProtocol(TrainingRecipe):
+    """How a network is trained on a set before it is tested.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
@@ -30,39 +30,12 @@ class EvaluationProtocol:
     """Network trained from scratch in each repeat."""
     epochs: Annotated[int, Ge(1)] = 1000
     """Passes over the set."""
-    batch_size: Annotated[int, Ge(1)] = 256
-    """Images per step; the last batch of an epoch may be smaller."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """What makes the steps."""
-    lr: Annotated[float, Gt(0)] = 0.01
-    """Initial step size."""
-    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
-    """SGD momentum, kept when the step size drops; AdamW has its usual moments instead."""
-    weight_decay: Annotated[float, Ge(0)] = 5e-4
-    """L2 penalty of SGD; of AdamW, the decoupled decay."""
-    milestones: tuple[float, ...] = (0.5,)
-    """Fractions of the epochs after which the step size is multiplied by gamma."""
-    milestone_delay: Annotated[int, Ge(0)] = 0
-    """Epochs that pass after a milestone before the step size drops."""
-    gamma: Annotated[float, Gt(0), Le(1)] = 0.1
-    """Factor of the schedule."""
-    augmentation: Augmentation | None = None
-    """Views of the training images, drawn anew for each image; flips are left out where they change the class."""
-    mix: Mix | None = None
-    """Mixing of the images and labels of a mini-batch, after the views: CutMix or Mixup."""
     selection: Literal["last", "validation"] = "last"
     """Which network is tested: the one after the last epoch, or the best on real training images held out for it."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of each class of the real training images held out where selection is "validation"."""
     validation_checks: Annotated[int, Ge(1)] = 10
     """How often, evenly over the epochs, a network is then scored on them."""
-
-    def __post_init__(self) -> None:
-        validate(self)
-        if list(self.milestones) != sorted(self.milestones) or not all(0 < m < 1 for m in self.milestones):
-            raise InvalidSetting(
-                "EvaluationProtocol.milestones", self.milestones, "ascending fractions between 0 and 1"
-            )
 
     @property
     def title(self) -> str:
@@ -72,12 +45,6 @@ class EvaluationProtocol:
             f.name for f in fields(self) if known is not None and getattr(self, f.name) != getattr(known, f.name)
         ]
         return f"{self.name} (changed: {', '.join(changed)})" if changed else self.name
-
-    def learning_rate(self, epoch: int) -> float:
-        """Step size during ``epoch`` (counted from 0); the first epoch has the full one."""
-        drops = [max(1, int(self.epochs * m + 1e-6)) + self.milestone_delay for m in self.milestones]
-        passed = sum(epoch >= drop for drop in drops)
-        return float(self.lr * self.gamma**passed)
 
 
 _ALL = ("color", "crop", "cutout", "flip", "scale", "rotate")

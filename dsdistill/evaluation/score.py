@@ -16,11 +16,11 @@ from dsdistill.core.device import peak_memory, resolve_device, settle_allocator,
 from dsdistill.core.rng import isolated_global_rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting, UnknownName
+from dsdistill.evaluation.examine import accuracy
 from dsdistill.evaluation.protocol import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.result import EvaluationResult
 from dsdistill.evaluation.scorer import Scorer
 from dsdistill.evaluation.statistics import Score
-from dsdistill.evaluation.train import accuracy
 from dsdistill.recipe import library_versions
 from dsdistill.synthetic import SyntheticDataset
 

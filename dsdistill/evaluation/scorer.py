@@ -13,10 +13,11 @@ from dsdistill.core.device import default_chunk, is_out_of_memory, release_memor
 from dsdistill.core.rng import Rng, seed_global
 from dsdistill.data import ImageSource, overlap
 from dsdistill.errors import DistillError, Diverged, OutOfMemory
+from dsdistill.evaluation.examine import accuracy, confusion, fresh_network
 from dsdistill.evaluation.protocol import EvaluationProtocol
-from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train, train_together
 from dsdistill.networks import has_batchnorm
 from dsdistill.synthetic import SyntheticDataset
+from dsdistill.training import TrainingSet, train, train_together
 
 logger = logging.getLogger("dsdistill")
 

@@ -54,7 +54,7 @@ class Parameterization(Stored):
             parameter.copy_(torch.randn(parameter.shape, generator=generator, device=generator.device))
 
     def constrain(self) -> None:
-        """Projection after an update (a pixel range, say); nothing by default."""
+        """Projection after an update, where a form has one of its own; nothing by default."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource, Normalization
 from dsdistill.errors import DistillError, InvalidSetting
 from dsdistill.evaluation import EvaluationProtocol
-from dsdistill.evaluation import train as train_module
-from dsdistill.evaluation.train import TrainingSet, accuracy, confusion, fresh_network, train, train_together
+from dsdistill.evaluation.examine import accuracy, confusion, fresh_network
 from dsdistill.networks import NetworkSpec, parameter_digest
 from dsdistill.networks import spec as spec_module
+from dsdistill.training import TrainingSet, train, train_together
+from dsdistill.training import loop as train_module
 
 SHAPE = (3, 4, 6)
 RNG = Rng(5, job="repeat/0")

@@ -13,9 +13,9 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run
 from dsdistill.errors import InvalidSetting
+from dsdistill.matching import class_ranges
 from dsdistill.methods import DM
 from dsdistill.methods import dm as dm_module
-from dsdistill.methods.dm import _class_ranges
 from dsdistill.networks import NetworkSpec
 from dsdistill.networks import spec as spec_module
 from dsdistill.parameterizations import Plain, Tiled
@@ -329,7 +329,7 @@ def test_chunks_change_nothing_where_classes_differ_in_size(chunk, source):
     ],
 )
 def test_ranges_of_classes_fill_a_chunk_and_never_split_a_class(budget, chunk, ranges):
-    assert [(part.start, part.stop) for part in _class_ranges(torch.tensor(budget), chunk)] == ranges
+    assert [(part.start, part.stop) for part in class_ranges(torch.tensor(budget), chunk)] == ranges
 
 
 # Batch normalisation -----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Training and testing networks, with the data on the device and no wait for it inside the loop.
+"""Training networks, with the data on the device and no wait for it inside the loop.
 
 One network is trained by `train`; several of one make by `train_together`, as one batched computation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +14,17 @@ from torch.nn.functional import cross_entropy
 
 from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
-from dsdistill.data import ImageSource
-from dsdistill.errors import DistillError, InvalidSetting
-from dsdistill.evaluation.protocol import EvaluationProtocol
-from dsdistill.networks import has_batchnorm, parameter_digest
+from dsdistill.errors import InvalidSetting
+from dsdistill.networks import has_batchnorm
+from dsdistill.training.recipe import TrainingRecipe
 
 
 class TrainingSet(NamedTuple):
     """What a network is trained on.
 
-    ``fetch(rows)`` gives the images (R, C, H, W), float32, standardised, and the targets, (R,) classes or (R, K)
-    probabilities, at int64 rows (R,); all on ``device``. ``size`` is how many there are, ``shape`` is (C, H, W).
+    ``fetch(rows)`` gives the images (M, C, H, W), float32, standardised, and the targets, (M,) classes or (M, K)
+    probabilities, of the items at int64 rows (R,); all on ``device``. An item is one image, or several (tiles,
+    mirrored pairs). ``size`` is how many items there are, ``shape`` is (C, H, W).
     """
 
     fetch: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -51,48 +52,18 @@ Watch = Callable[[int, nn.Module], None]
 """Called with the number of finished epochs and the network, in training mode; must leave it as it was."""
 
 
-def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num_classes: int, rng: Rng) -> nn.Module:
-    """A network proven fresh: built again from its seed it is the same to the last bit, from another seed it differs.
-
-    This catches networks that were trained, shared or loaded; not a factory that trains anew at every call.
-
-    Args:
-        rng: scoped to the repeat; the seed is its stream "network".
-
-    Raises:
-        DistillError: a factory handed out a trained, shared or pretrained network.
-    """
-    spec, device = protocol.network, rng.device
-
-    def build(stream: str) -> nn.Module:
-        return spec.build(shape, num_classes, generator=rng.at(stream), device=device)
-
-    network = build("network")
-    digest = parameter_digest(network)
-    other = build("other network")
-    shared = [
-        name
-        for (name, mine), theirs in zip(network.named_parameters(), other.parameters(), strict=True)
-        if torch.equal(mine, theirs) and bool((mine != mine.flatten()[0]).any())  # constants (biases, norms) may agree
-    ]
-    if parameter_digest(build("network")) != digest or parameter_digest(other) == digest or shared:
-        raise DistillError(
-            f"network {spec.name!r} is not fresh: its initial parameters do not follow from the seed alone. "
-            "Its factory must build a new, randomly initialised module at each call"
-        )
-    return network
-
-
 def train(
     network: nn.Module,
     data: TrainingSet,
-    protocol: EvaluationProtocol,
+    recipe: TrainingRecipe,
     rng: Rng,
     *,
     num_classes: int,
     mirror_safe: bool,
     chunk: int | None = None,
     watch: Watch | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    limit: int | None = None,
 ) -> None:
     """Train ``network`` in place.
 
@@ -106,14 +77,17 @@ def train(
         mirror_safe: whether a flip keeps the class.
         chunk: images that pass at once; None for a size that suits device and image.
         watch: called after each epoch.
+        optimizer: of the network's parameters, to go on with; None makes a new one.
+        limit: stop after so many steps, to learn what they cost.
     """
-    optimizer = _optimizer(list(network.parameters()), protocol, data.device)
-    chunk = protocol.batch_size if has_batchnorm(network) else chunk or default_chunk(data.shape, data.device)
+    optimizer = make_optimizer(list(network.parameters()), recipe, data.device) if optimizer is None else optimizer
+    whole, chunk = has_batchnorm(network), chunk or default_chunk(data.shape, data.device)
     network.train()
-    for batch in _batches(data, protocol, rng, num_classes, mirror_safe):
-        optimizer.param_groups[0]["lr"] = protocol.learning_rate(batch.epoch)
+    for batch in islice(_batches(data, recipe, rng, num_classes, mirror_safe), limit):
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate(batch.epoch)
         optimizer.zero_grad()
-        for images, wanted in zip(torch.split(batch.images, chunk), torch.split(batch.targets, chunk), strict=True):
+        size = len(batch.images) if whole else chunk
+        for images, wanted in zip(torch.split(batch.images, size), torch.split(batch.targets, size), strict=True):
             loss = cross_entropy(network(images), wanted, reduction="sum") / len(batch.images)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -124,7 +98,7 @@ def train(
 def train_together(
     networks: Sequence[nn.Module],
     data: Sequence[TrainingSet],
-    protocol: EvaluationProtocol,
+    recipe: TrainingRecipe,
     rngs: Sequence[Rng],
     *,
     num_classes: int,
@@ -150,12 +124,10 @@ def train_together(
         logits: Tensor = functional_call(base, (parameters, buffers), (images,))
         return logits
 
-    optimizer = _optimizer(list(parameters.values()), protocol, data[0].device)
-    streams = [
-        _batches(*pair, num_classes, mirror_safe) for pair in zip(data, [protocol] * len(data), rngs, strict=True)
-    ]
+    optimizer = make_optimizer(list(parameters.values()), recipe, data[0].device)
+    streams = [_batches(*pair, num_classes, mirror_safe) for pair in zip(data, [recipe] * len(data), rngs, strict=True)]
     for batches in zip(*streams, strict=True):
-        optimizer.param_groups[0]["lr"] = protocol.learning_rate(batches[0].epoch)
+        optimizer.param_groups[0]["lr"] = recipe.learning_rate(batches[0].epoch)
         optimizer.zero_grad()
         images = torch.stack([batch.images for batch in batches])
         logits = _stacked(forward, parameters, buffers, images)
@@ -192,51 +164,32 @@ def _targets(batches: Sequence[_Batch], num_classes: int) -> Tensor:
     )
 
 
-def _optimizer(parameters: list[Tensor], protocol: EvaluationProtocol, device: torch.device) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], recipe: TrainingRecipe, device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser that ``recipe`` names, for ``parameters`` on ``device``."""
     fused = device.type in ("cpu", "cuda")
-    if protocol.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=protocol.lr, weight_decay=protocol.weight_decay, fused=fused)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
     return torch.optim.SGD(
-        parameters, lr=protocol.lr, momentum=protocol.momentum, weight_decay=protocol.weight_decay, fused=fused
+        parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
     )
 
 
 def _batches(
-    data: TrainingSet, protocol: EvaluationProtocol, rng: Rng, num_classes: int, mirror_safe: bool
+    data: TrainingSet, recipe: TrainingRecipe, rng: Rng, num_classes: int, mirror_safe: bool
 ) -> Iterator[_Batch]:
     """The mini-batches of all epochs: shuffled, shown under views, mixed."""
-    augmentation = protocol.augmentation.suited(mirror_safe) if protocol.augmentation else None
+    augmentation = recipe.augmentation.suited(mirror_safe) if recipe.augmentation else None
     order, views, mixes = (rng.at(name, device="cpu") for name in ("order", "views", "mix"))
-    for epoch in range(protocol.epochs):
+    for epoch in range(recipe.epochs):
         shuffled = torch.randperm(data.size, generator=order).to(data.device, non_blocking=True)
-        parts = torch.split(shuffled, protocol.batch_size)
+        parts = torch.split(shuffled, recipe.batch_size)
         for number, rows in enumerate(parts):
             images, targets = data.fetch(rows)
             if augmentation is not None:
-                record = augmentation.sample(len(rows), data.shape, views, per="image", device=data.device)
+                record = augmentation.sample(len(images), data.shape, views, per="image", device=data.device)
                 images = augmentation.apply(images, record)
-            if protocol.mix is not None:
-                mix = protocol.mix.sample(len(rows), data.shape, mixes, device=data.device)
+            if recipe.mix is not None:
+                mix = recipe.mix.sample(len(images), data.shape, mixes, device=data.device)
                 if mix.share < 1:
-                    images, targets = protocol.mix.apply(images, mix), protocol.mix.targets(targets, mix, num_classes)
+                    images, targets = recipe.mix.apply(images, mix), recipe.mix.targets(targets, mix, num_classes)
             yield _Batch(epoch, number == len(parts) - 1, images, targets)
-
-
-@torch.no_grad()
-def confusion(network: nn.Module, images: ImageSource, *, chunk: int) -> Tensor:
-    """(K, K) int64 on the CPU: how many images of each class (row) the network takes for which (column).
-
-    In evaluation mode, to which the network is set for the time being; one read of the device.
-    """
-    training, classes = network.training, images.num_classes
-    network.eval()
-    table = torch.zeros(classes * classes, dtype=torch.int64, device=images.device)
-    for batch, targets in images.batches(chunk):
-        table += torch.bincount(targets * classes + network(batch).argmax(1), minlength=classes * classes)
-    network.train(training)
-    return table.cpu().view(classes, classes)
-
-
-def accuracy(table: Tensor) -> float:
-    """Share of rightly classified images of a (K, K) confusion table."""
-    return int(table.diagonal().sum()) / int(table.sum())

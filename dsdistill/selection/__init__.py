@@ -1,0 +1,1 @@
+"""Choosing real images by their features."""
