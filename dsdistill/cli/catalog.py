@@ -1,10 +1,15 @@
 """Verbs that tell what there is: methods, show."""
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.options import Verb, say
+
+if TYPE_CHECKING:
+    from dsdistill.engine import Preset
 
 
 def _methods_arguments(parser: ArgumentParser) -> None:
@@ -29,30 +34,58 @@ def _show(config: Namespace) -> Any:
     from dsdistill.methods import get_method
 
     cls = get_method(config.method)
-    fields = describe(cls)
+    settings = describe(cls)
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     needs = f"Of its network it needs: {', '.join(cls.network_needs)}" if cls.network_needs else ""
     lines = [f"{cls.__name__}: {summary}", f"Paper: {cls.paper}", *([needs] if needs else []), ""]
-    width = max(len(field.name) for field in fields)
-    for field in fields:
-        lines += [
-            f"  {field.name.ljust(width)}  {field.type}, default {field.default!r}",
-            f"  {' ' * width}  {field.doc}",
-        ]
+    width = max(len(field.name) for field in settings)
+    for field in settings:
+        default = "required" if field.default is MISSING else f"default {field.default!r}"
+        lines += [f"  {field.name.ljust(width)}  {field.type}, {default}", f"  {' ' * width}  {field.doc}"]
     if cls.presets:
-        lines += ["", "Presets, as in dd.methods." + f"{cls.__name__}.preset({next(iter(cls.presets))!r}):"]
-        lines += [f"  {name}: {settings}" for name, settings in cls.presets.items()]
+        first = next(iter(cls.presets))
+        lines += ["", f"Presets, as --preset {first} or dd.methods.{cls.__name__}.preset({first!r}):"]
+        lines += _preset_lines(cls.presets)
     say(config, "\n".join(lines))
-    settings = [{"name": f.name, "type": f.type, "default": to_dict(f.default), "doc": f.doc} for f in fields]
-    presets = {name: dict(preset) for name, preset in cls.presets.items()}
     return {
         "name": cls.__name__,
         "summary": summary,
         "paper": cls.paper,
         "network_needs": list(cls.network_needs),
-        "settings": settings,
-        "presets": presets,
+        "settings": [
+            {
+                "name": field.name,
+                "type": field.type,
+                "required": field.default is MISSING,
+                "default": None if field.default is MISSING else to_dict(field.default),
+                "doc": field.doc,
+            }
+            for field in settings
+        ],
+        "presets": {
+            name: {"source": source, "settings": to_dict(changes)} for name, (source, changes) in cls.presets.items()
+        },
     }
+
+
+def _preset_lines(presets: "Mapping[str, Preset]") -> list[str]:
+    """What each preset sets, below where that was published."""
+    width = max(map(len, presets))
+    by_source: dict[str, list[str]] = {}
+    for name, (source, changes) in presets.items():
+        told = ", ".join(f"{key}={_brief(value)}" for key, value in changes.items()) or "the defaults"
+        by_source.setdefault(source, []).append(f"    {name.ljust(width)}  {told}")
+    return [line for source, lines in by_source.items() for line in (f"  from {source}", *lines)]
+
+
+def _brief(value: Any) -> str:
+    """A setting without what in it is default: ``NetworkSpec(norm='batch')``."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    changed = {
+        field.name: getattr(value, field.name) for field in fields(value) if getattr(value, field.name) != field.default
+    }
+    return f"{type(value).__name__}({', '.join(f'{name}={_brief(item)}' for name, item in changed.items())})"
 
 
 VERBS = {

@@ -22,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="dsdistill: %(message)s", level=logging.WARNING)
     logging.getLogger("dsdistill").setLevel(logging.INFO)
     parser = build_parser()
-    config = parser.parse_args(arguments)
+    try:
+        config = parser.parse_args(arguments)
+    except DistillError as error:
+        return _fail(error, as_json="--json" in (sys.argv if arguments is None else arguments))
     verb, settings = config.subcommand, config[config.subcommand]
     try:
         settings = _instantiated(parser, config)[verb]

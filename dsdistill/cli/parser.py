@@ -10,7 +10,8 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
 from dsdistill.cli.messages import explained, missing, plain_types
-from dsdistill.cli.spelling import as_parsed
+from dsdistill.cli.presets import refuse_preset, with_preset
+from dsdistill.cli.spelling import as_parsed, reread
 
 _load_yaml = get_loader("yaml")
 
@@ -61,7 +62,7 @@ class Parser(ArgumentParser):
     """An argument parser that says in a few lines what is wrong and which name was probably meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with code 2 after the problem, the nearest name and where help is."""
@@ -75,9 +76,18 @@ class Parser(ArgumentParser):
         raise SystemExit(2)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """As the library's, after the arguments were brought into its spelling."""
+        """As the library's, after the arguments were brought into its spelling.
+
+        Raises:
+            UnknownName: the method has no preset of that name.
+            InvalidSetting: a preset in a file of settings.
+        """
         written = sys.argv[1:] if args is None else args
-        parsed: Namespace = super().parse_args(as_parsed(written), *others, **kwargs)
+        # The library parses settings of settings with a parser of this class too, that does not exit on errors.
+        read = with_preset(as_parsed(written)) if self.exit_on_error else reread(written)
+        parsed: Namespace = super().parse_args(read, *others, **kwargs)
+        if parsed.get("subcommand"):
+            refuse_preset(parsed[parsed.subcommand])  # what no file held: --config '{preset: ...}', a pipe
         return parsed
 
     def parse_path(self, path: str | os.PathLike[str], *others: Any, **kwargs: Any) -> Namespace:
@@ -98,3 +108,4 @@ def _require_settings(path: str | os.PathLike[str]) -> None:
         raise TypeError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise TypeError(f"{path}: holds no settings; write them as lines such as 'seed: 1'")
+    refuse_preset(content)

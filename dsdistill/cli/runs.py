@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.options import LoadOptions, Verb, data_arguments, load_source, run_arguments, say, split, summary
+from dsdistill.cli.presets import preset_argument
 from dsdistill.core import storage
 from dsdistill.errors import DistillError, InvalidSetting, OutputConflict, UnknownName
 
@@ -35,6 +36,7 @@ def _synthesize_arguments(parser: ArgumentParser) -> None:
         required=True,
         help="Method by name, its settings as --method.SETTING. See: dsdistill methods; dsdistill show NAME.",
     )
+    preset_argument(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="Output folder; the same command again continues an interrupted run."
     )
@@ -219,6 +221,7 @@ VERBS = {
     "synthesize": Verb(
         "Distil real images into a few synthetic ones per class.",
         "  dsdistill synthesize --data digits --method DM --method.ipc 10 --method.iterations 500 --out runs/dm\n"
+        "  dsdistill synthesize --data cifar10 --method DM --preset cifar10/ipc10 --method.lr_images 5 --out runs/dm\n"
         "  dsdistill synthesize --data my/images --load.image_size 32 --method DM --method.ipc 1 --out runs/mine\n"
         "  dsdistill synthesize --method DM --data digits --out runs/dm --print_config > run.yaml\n"
         "  dsdistill synthesize --config run.yaml --seed 1 --out runs/dm-seed1",

@@ -1,40 +1,76 @@
 """What people write on a command line, in the spelling that the parser reads."""
 
+import ast
+import json
 import re
 from collections.abc import Sequence
 
-_NETWORKS = ("--network", "--method.network")
+_NETWORK = re.compile(r"--(\w+\.)*network")
+_PARAMETERIZATION = re.compile(r"(--method(?:\.\w+)*)\.parameterization((?:\.\w+)*)")
+_FORMS = {"pixels": "Plain", "tiles": "Tiled"}
 _LISTS = ("--classes", "--mean", "--std")
 _SIZE = "--load.image_size"
 
 
 def as_parsed(arguments: Sequence[str]) -> list[str]:
-    """Arguments with three short forms written out; all others stay as they are.
+    """Arguments with short forms and other names written out; all others stay as they are.
 
-    ``--network NAME`` names a network, ``--load.image_size 24,40`` or ``24x40`` gives height and width, and
-    ``--classes cat,dog`` (``--mean``, ``--std``) lists values.
+    ``--network NAME`` names a network, wherever it is a setting; ``--load.image_size 24,40`` or ``24x40`` gives height
+    and width; ``--classes cat,dog`` (``--mean``, ``--std``) lists values; ``--method FYI+DM`` wraps one method in
+    another; ``--method.parameterization tiles`` (``pixels``) is what papers call ``--method.form Tiled`` (``Plain``).
     """
     written: list[str] = []
     option = ""  # whose value comes next
     for argument in arguments:
         if argument.startswith("--"):
-            option, equals, value = argument.partition("=")
+            option, equals, value = _renamed(argument).partition("=")
             if equals:
-                argument, option = "=".join(_written_out(option, value)), ""
+                written += ["=".join(pair) for pair in _written_out(option, value)]
+                option = ""
+            else:
+                written.append(option)
         elif option:
-            written[-1], argument = _written_out(option, argument)
+            written.pop()
+            written += [part for pair in _written_out(option, argument) for part in pair]
             option = ""
-        written.append(argument)
+        else:
+            written.append(argument)
     return written
 
 
-def _written_out(option: str, value: str) -> tuple[str, str]:
+def reread(arguments: Sequence[str]) -> list[str]:
+    """Arguments that the library made of nested settings: it writes values as Python does and reads them as YAML."""
+    return [_as_yaml(argument) for argument in arguments]
+
+
+def _as_yaml(argument: str) -> str:
+    option, _, value = argument.partition("=")
+    if value != "None" and not value.startswith(("[", "{", "(")):
+        return argument
+    try:
+        return f"{option}={json.dumps(ast.literal_eval(value))}"
+    except (ValueError, SyntaxError, TypeError):
+        return argument
+
+
+def _renamed(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    found = _PARAMETERIZATION.fullmatch(name)
+    return f"{found[1]}.form{found[2]}{equals}{value}" if found else argument
+
+
+def _written_out(option: str, value: str) -> list[tuple[str, str]]:
+    """One option and its value as one or more that the parser reads."""
     if value == "null" or value.startswith(("[", "{")):
-        return option, value
-    if option in _NETWORKS and not value.endswith((".yaml", ".yml", ".json")):
-        return f"{option}.name", value
+        return [(option, value)]
+    if option == "--method" and "+" in value:
+        return [(f"--method{'.base' * depth}", name) for depth, name in enumerate(value.split("+"))]
+    if option.startswith("--method.") and option.endswith(".form"):
+        return [(option, _FORMS.get(value.lower(), value))]
+    if _NETWORK.fullmatch(option) and not value.endswith((".yaml", ".yml", ".json")):
+        return [(f"{option}.name", value)]
     if option == _SIZE and (sides := re.fullmatch(r"\s*(\d+)\s*[x,]\s*(\d+)\s*", value)):
-        return option, f"[{sides[1]}, {sides[2]}]"
+        return [(option, f"[{sides[1]}, {sides[2]}]")]
     if option in _LISTS and "," in value:
-        return option, f"[{value}]"
-    return option, value
+        return [(option, f"[{value}]")]
+    return [(option, value)]

@@ -139,10 +139,12 @@ def methods(names: str, assignments: Sequence[str]) -> list[Any]:
         UnknownName: no such method or setting, with the nearest one.
         InvalidSetting: a value that does not fit, or an assignment that is none.
     """
-    from dsdistill.core.config import describe, from_dict
-    from dsdistill.methods import get_method
+    from dsdistill.core.config import describe
+    from dsdistill.methods import create_method, get_method
 
-    classes = {cls.__name__: cls for cls in map(get_method, split(names))}
+    # "FYI+DM": settings are those of the method that is wrapped.
+    chains = [[get_method(part) for part in name.split("+")] for name in split(names)]
+    classes = {"+".join(cls.__name__ for cls in chain): chain[-1] for chain in chains}
     fields = {name: {field.name: field for field in describe(cls)} for name, cls in classes.items()}
     settings: dict[str, dict[str, Any]] = {name: {} for name in classes}
     for assignment in assignments:
@@ -153,7 +155,15 @@ def methods(names: str, assignments: Sequence[str]) -> list[Any]:
         target, path = _target(path, fields)
         for name in target:
             _assign(settings[name], path, _value(text), fields[name][path[0]].default)
-    return [from_dict(cls, settings[name]) for name, cls in classes.items()]
+    return [create_method(name, **_revived(cls, settings[name])) for name, cls in classes.items()]
+
+
+def _revived(cls: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings with the objects that they describe."""
+    from dsdistill.core.config import from_dict
+
+    made = from_dict(cls, settings)
+    return {name: getattr(made, name) for name in settings}
 
 
 def _target(path: list[str], fields: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:

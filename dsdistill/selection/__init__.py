@@ -1,1 +1,20 @@
-"""Choosing real images by their features."""
+"""Choosing real images by their features: rules on features, and the network that gives them."""
+
+from dsdistill.selection.choice import RULES, Rule, Selector, choose
+from dsdistill.selection.features import Extractor, class_features
+from dsdistill.selection.herding import herding_indices
+from dsdistill.selection.k_center import First, k_center_indices
+from dsdistill.selection.k_means import k_means_indices
+
+__all__ = [
+    "RULES",
+    "Extractor",
+    "First",
+    "Rule",
+    "Selector",
+    "choose",
+    "class_features",
+    "herding_indices",
+    "k_center_indices",
+    "k_means_indices",
+]

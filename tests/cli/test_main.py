@@ -118,7 +118,7 @@ def test_help_is_there_for_every_verb(verb, capsys):
     ("arguments", "code", "message"),
     [
         (["--method", "DMM"], 2, "unknown method 'DMM'; did you mean 'DM'"),
-        (["--method", "DM", "--method.icp", "1"], 2, "unknown setting 'icp'; did you mean 'ipc'"),
+        (["--method", "DM", "--method.icp", "1"], 2, "unknown setting of DM 'icp'; did you mean 'ipc'"),
         (["--method", "DM", "--method.ipc", "0"], 2, "greater than or equal to 1; got '0'"),
         (["--method", "DM", "--method.ipc", "ten"], 2, "valid integer.*got 'ten'"),
         (["--method", "DM", "--method.on_small_class", "x"], 2, "'error', 'cap', 'duplicate'"),
@@ -265,7 +265,7 @@ def test_the_suggested_command_can_be_pasted(images, tmp_path, capsys):
     assert run(*command[1:], "--epochs", 1, "--repeats", 1, "--network.width", 4, "--baselines", "none") == 0
     said = capsys.readouterr().out
     assert "random real images" not in said
-    assert "protocol dsa (changed: network, epochs)" in said
+    assert "protocol dsa (changed: epochs, network)" in said
 
 
 def test_results_are_not_overwritten_unasked(images, tmp_path, capsys):

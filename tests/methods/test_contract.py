@@ -1,4 +1,5 @@
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -58,14 +59,29 @@ def test_cases_are_small(name):
 @pytest.mark.parametrize("name", CASES)
 def test_every_method_is_made_by_name(name):
     assert is_method(name.lower())
-    made = create_method(name.upper(), ipc=3)
-    assert made == get_method(name)(ipc=3)
+    made = create_method(CASES[name].title.upper(), ipc=3)  # a wrapper is named with what it wraps
+    assert (type(made), made.ipc) == (get_method(name), 3)
     assert type(made).paper
-    assert all(type(made).preset(preset).ipc >= 1 for preset in type(made).presets)
 
 
-def test_presets_are_the_published_settings():
-    assert set(DM.presets) == {"cifar10/ipc1", "cifar10/ipc10", "cifar10/ipc50"}
-    for preset, ipc in (("cifar10/ipc1", 1), ("cifar10/ipc10", 10), ("cifar10/ipc50", 50)):
-        assert DM.preset(preset) == DM(ipc=ipc, iterations=20_000, real_batch=256, lr_images=1.0, momentum=0.5)
+@pytest.mark.parametrize("name", CASES)
+def test_presets_name_their_budget_and_their_source(name):
+    cls = get_method(name)
+    for preset, (source, settings) in cls.presets.items():
+        made = cls.preset(preset)
+        assert source
+        assert settings or "/" not in preset
+        if "/" in preset:  # of a dataset and a budget, and maybe a variant
+            assert made.ipc == int(re.fullmatch(r"\w+/ipc(\d+)(/\w+)?", preset)[1])
+
+
+def test_presets_of_dm_are_the_published_settings():
+    small = {f"{data}/ipc{ipc}" for data in ("mnist", "fashion_mnist", "svhn") for ipc in (1, 10, 50)}
+    large = {f"{data}/ipc{ipc}" for data in ("cifar100", "tiny_imagenet") for ipc in (1, 10, 50)}
+    cifar10 = {f"cifar10/ipc{ipc}" for ipc in (1, 10, 50, 100, 200, 500, 1000, 1250)}
+    assert set(DM.presets) == small | large | cifar10
+    for preset in DM.presets:
+        ipc = int(preset.rpartition("ipc")[2])
+        lr = 10.0 if ipc >= 100 else 1.0
+        assert DM.preset(preset) == DM(ipc=ipc, iterations=20_000, real_batch=256, lr_images=lr, momentum=0.5)
     assert DM.preset("cifar10/ipc10", iterations=5) == DM(ipc=10, iterations=5)

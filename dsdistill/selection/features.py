@@ -1,0 +1,94 @@
+"""The network whose features images are chosen by, and those features, class by class."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dsdistill.augmentations import Siamese
+from dsdistill.core.config import to_dict, validate
+from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource
+from dsdistill.engine import Run
+from dsdistill.experts import train_on_real
+from dsdistill.networks import Need, NetworkSpec, embed
+from dsdistill.training import TrainingRecipe
+
+logger = logging.getLogger("dsdistill")
+_NEEDS: tuple[Need, ...] = ("features",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extractor:
+    """The network whose features images are chosen by.
+
+    Raises:
+        InvalidSetting: a field has the wrong type.
+    """
+
+    network: NetworkSpec = NetworkSpec()
+    """Network that is trained and then asked for features, its input to the classifier."""
+    training: TrainingRecipe | None = TrainingRecipe(augmentation=Siamese())
+    """How it is trained on the real images; None leaves it random."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def check(self, source: ImageSource) -> None:
+        """Refuse images that the network does not fit.
+
+        Raises:
+            InvalidSetting: naming the network and what it needs.
+        """
+        self.network.require(_NEEDS, source.shape, source.num_classes)
+
+    def build(self, run: Run) -> nn.Module:
+        """The network; trained once in a run, and found again by a run that was interrupted afterwards.
+
+        It is the same in every job of the run.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        rng = run.rng.scoped("").within(self._name)
+        source = run.source
+        network = self.network.build(
+            source.shape, source.num_classes, generator=rng.at("network"), device=run.device
+        ).requires_grad_(False)
+        recipe = self.training
+        if recipe is not None:
+            network.load_state_dict(run.shared.get(self._name, lambda: _trained(run, network, recipe, rng)))
+        return network
+
+    @property
+    def _name(self) -> str:
+        """Of its streams and of what is kept: two extractors in one run must not be mixed up."""
+        settings = json.dumps(to_dict(self), sort_keys=True)
+        return f"extractor-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+
+
+def _trained(run: Run, network: nn.Module, recipe: TrainingRecipe, rng: Rng) -> Mapping[str, Tensor]:
+    logger.info("training a network on the real images (%d epochs) to choose images by its features", recipe.epochs)
+    train_on_real(run, network, recipe, rng)
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def class_features(run: Run, extractor: Extractor) -> Iterator[Tensor]:
+    """Features (n_c, D) of all images of each class of the run, one class at a time, in storage order.
+
+    Images are as they are stored, without augmentation, and the network is in evaluation mode. Memory is that of the
+    largest class.
+    """
+    network = extractor.build(run).eval()
+    for index in run.classes:
+        yield _features(run, network, index)
+
+
+@torch.no_grad()
+def _features(run: Run, network: nn.Module, index: int) -> Tensor:
+    rows = torch.arange(run.source.offsets[index], run.source.offsets[index + 1], device=run.device)
+    return torch.cat([embed(network, run.source.gather(part)) for part in torch.split(rows, run.chunk)])

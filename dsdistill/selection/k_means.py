@@ -1,0 +1,48 @@
+"""Cluster centres (Lloyd 1982, started by k-means++: Arthur & Vassilvitskii 2007), each as the row nearest to it."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsdistill.selection.points import checked_count, distances
+
+
+def k_means_indices(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """For each of ``count`` clusters the row nearest to its centre, (n, D) -> (count,), all different.
+
+    The largest cluster comes first. A row that is nearest to two centres is given to the first of them; the other
+    takes the next nearest. The clustering is scikit-learn's and runs on the CPU.
+
+    Args:
+        generator: on the CPU; one draw from it seeds the clustering.
+
+    Raises:
+        ShapeMismatch, BadData, InvalidSetting: the features do not do, or are fewer than ``count``.
+    """
+    checked_count(features, count)
+    centres = _centres(features, count, int(torch.randint(2**31 - 1, (), generator=generator))).to(features)
+    taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    chosen = []
+    for centre in centres:
+        picked = distances(features, centre[None]).masked_fill(taken, torch.inf).argmin()[None]
+        taken.index_fill_(0, picked, True)
+        chosen.append(picked)
+    return torch.cat(chosen)
+
+
+def _centres(features: Tensor, count: int, seed: int) -> Tensor:
+    """Centres (count, D) of the clusters, that of the largest cluster first."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    rows: Any = features.detach().cpu().numpy()
+    # Several threads add their sums in the order in which they finish, which changes the last bits.
+    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
+        # Fewer different rows than clusters: the centres that are left over take their next nearest rows.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = KMeans(count, n_init=1, random_state=seed).fit(rows)
+    sizes = torch.from_numpy(found.labels_).to(torch.int64).bincount(minlength=count)
+    return torch.from_numpy(found.cluster_centers_)[sizes.argsort(descending=True, stable=True)]
