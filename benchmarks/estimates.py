@@ -1,4 +1,4 @@
-"""What `estimate` says of DM runs, beside what the runs then take.
+"""What `estimate` says of runs of every method, beside what the runs then take.
 
     python -m benchmarks.estimates
 
@@ -11,20 +11,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import dsdistill as dd
 from benchmarks.schema import RESULTS, ROOT, commit, write_result
+from dsdistill.core.config import to_dict
 from dsdistill.core.device import peak_memory
 from dsdistill.data import ImageSource
+from dsdistill.training import TrainingRecipe
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A DM run on generated images."""
+    """A run on generated images; ``more`` are settings of the method beside those that all have."""
 
     size: int
     classes: int
@@ -33,14 +37,14 @@ class Setting:
     width: int
     steps: int
     per_class: int = 300
+    method: str = "DM"
+    more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """In words."""
-        return (
-            f"3x{self.size}x{self.size}, {self.classes} classes, IPC {self.ipc}, real batch {self.real_batch}, "
-            f"width {self.width}, {self.steps} steps"
-        )
+        sizes = f"3x{self.size}x{self.size}, {self.classes} classes, IPC {self.ipc}, real batch {self.real_batch}"
+        return f"{self.method}, {sizes}, width {self.width}, {self.steps} steps"
 
 
 SETTINGS = (
@@ -50,6 +54,17 @@ SETTINGS = (
     Setting(size=32, classes=20, ipc=10, real_batch=64, width=128, steps=12),
     Setting(size=64, classes=5, ipc=10, real_batch=32, width=128, steps=10),
     Setting(size=64, classes=5, ipc=100, real_batch=32, width=64, steps=6),
+    *(
+        Setting(size=32, classes=10, ipc=10, real_batch=64, width=64, steps=20, method=name, more=more)
+        for name, more in {
+            "DataDAM": {},
+            "DC": {"outer_loop": 2, "inner_epochs": 5},
+            "DSA": {"outer_loop": 2, "inner_epochs": 5},
+            "IDC": {"inner_steps": 5, "trained_on": 256},
+            "NCFM": {"networks": 2, "pretraining": TrainingRecipe(epochs=2), "frequencies": 512},
+            "FYI+DM": {},
+        }.items()
+    ),
 )
 
 
@@ -71,7 +86,7 @@ def main() -> None:
         cases.append(
             {
                 "label": setting.label,
-                "settings": asdict(setting),
+                "settings": {**vars(setting), "more": to_dict(setting.more)},
                 "chunk": said["chunk"],
                 **{
                     f"{name}_{kind}": figures[name]
@@ -81,8 +96,8 @@ def main() -> None:
             }
         )
         print(json.dumps(cases[-1]), flush=True)
-    content = {"kind": "estimate", "title": "DM on generated images", "cases": cases}
-    target = options.out or RESULTS / f"estimates-dm-{torch.device(options.device).type}.json"
+    content = {"kind": "estimate", "title": "every method on generated images", "cases": cases}
+    target = options.out or RESULTS / f"estimates-{torch.device(options.device).type}.json"
     write_result(target, content, seed=options.seed, started=started, device=options.device)
 
 
@@ -99,11 +114,13 @@ def work(options: argparse.Namespace) -> dict[str, float]:
     """In a process of its own: the estimate, or what the run itself takes."""
     setting = SETTINGS[options.setting]
     source = make_source(setting, options.seed)
-    method = dd.methods.DM(
+    method = dd.create_method(
+        setting.method,
         ipc=setting.ipc,
         iterations=setting.steps,
         real_batch=setting.real_batch,
         network=dd.networks.NetworkSpec(width=setting.width),
+        **setting.more,
     )
     if options.worker == "estimate":
         cost = dd.estimate(method, source, seed=options.seed, device=options.device)
@@ -122,7 +139,7 @@ def work(options: argparse.Namespace) -> dict[str, float]:
             seed=options.seed,
             device=options.device,
             out=out,
-            checkpoint_every=max(1, setting.steps // 4),
+            checkpoint_every=max(1, method.steps // 4),
             progress=False,
             callback=look,
         )

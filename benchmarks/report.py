@@ -102,6 +102,25 @@ def _quality(result: Json) -> list[list[str]]:
     return [[title, protocol, *figures, _percent(gain, "+") if gain else "", published, n]]
 
 
+def _family(result: Json) -> list[list[str]]:
+    def gain(score: Json | None) -> str:
+        return "" if score is None else _percent(score, "+")
+
+    return [
+        [
+            result["title"] if first else "",
+            row["method"],
+            f"{row['protocol']}, {result['protocols'][row['protocol']]['epochs']} epochs",
+            f"{statistics.mean(row['seconds']):.0f} s",
+            _percent(row["accuracy"]),
+            gain(row["gain_over_random"]),
+            gain(row["gain_over_base"]),
+            f"{row['accuracy']['n']} x {result['networks']}",
+        ]
+        for row, first in ((row, row is result["rows"][0]) for row in result["rows"])
+    ]
+
+
 def _resume(result: Json) -> list[list[str]]:
     late = sum(kill["after_first_step"] for kill in result["kills"])
     outcome = "same bytes as uninterrupted" if result["equal"] else "**different bytes**"
@@ -112,6 +131,19 @@ def _resume(result: Json) -> list[list[str]]:
             outcome,
             str(len(result["kills"])),
         ]
+    ]
+
+
+def _peak(result: Json) -> list[list[str]]:
+    return [
+        [
+            result["title"] if row is result["rows"][0] else "",
+            row["method"],
+            str(row["chunk"]),
+            f"**{row['peak_gib']:.2f}** of {result['limit_gib']:.0f}",
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in result["rows"]
     ]
 
 
@@ -161,6 +193,12 @@ _TABLES = {
         ["what", "protocol", "distilled", "random real", "whole set", "gain over random", "published", "n"],
         _quality,
     ),
+    "family": (
+        "Methods under one evaluator: test accuracy in %, ± half of the 95 % interval over synthesis seeds; gains are "
+        "paired by seed, over random real images and (FYI) over the method that is wrapped:",
+        ["what", "method", "protocol", "synthesis", "accuracy", "over random", "over base", "seeds x networks"],
+        _family,
+    ),
     "speed": (
         "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",
         ["what", "setting", "plain loops", "dsdistill", "median ratio (range)", "n"],
@@ -173,8 +211,13 @@ _TABLES = {
     ),
     "estimate": (
         "What `--dry-run` says and what the run takes: peak memory in MiB, seconds, MiB on disk:",
-        ["DM", "memory said", "taken", "off by", "seconds said", "taken", "off by", "disk said", "taken", "off by"],
+        ["what", "memory said", "taken", "off by", "seconds said", "taken", "off by", "disk said", "taken", "off by"],
         _estimates,
+    ),
+    "peak": (
+        "Peak memory of a step in GiB, with the method's own batches:",
+        ["what", "method", "chunk", "peak", "time, preparation cut short"],
+        _peak,
     ),
     "memory": (
         "Peak memory in MiB over the number of images:",

@@ -192,6 +192,45 @@ class Quality(Record):
     published: Share | None
 
 
+class FamilyRow(_Strict):
+    """A method under a protocol. Scores are over synthesis seeds; a seed counts once, with the mean of its networks.
+
+    ``seconds`` of each synthesis; gains are paired by seed, over the row "RandomReal" and (of a wrapper) over the
+    method that is wrapped.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    protocol: str
+    seconds: list[Positive]
+    accuracy: Scores
+    gain_over_random: Scores | None
+    gain_over_base: Scores | None
+
+
+class Family(Record):
+    """Methods side by side: one evaluator, one budget, the same seeds."""
+
+    kind: Literal["family"] = "family"
+    data: Data
+    ipc: Annotated[int, Field(ge=1)]
+    networks: Annotated[int, Field(ge=1)]
+    protocols: dict[str, dict[str, Any]]
+    rows: Annotated[list[FamilyRow], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        by_name = {(row.method, row.protocol): row.accuracy.values for row in self.rows}
+        for row in self.rows:
+            for gain, other in ((row.gain_over_random, "RandomReal"), (row.gain_over_base, row.method[4:])):
+                if gain is None:
+                    continue
+                differences = [a - b for a, b in zip(row.accuracy.values, by_name[other, row.protocol], strict=True)]
+                if not _close(gain.values, differences):
+                    raise ValueError(f"a gain of {row.method} is not the difference of the rows")
+        return self
+
+
 class Kill(_Strict):
     """One SIGKILL: seconds after the process started, and steps the run had logged by then."""
 
@@ -304,6 +343,23 @@ class Estimates(Record):
     cases: Annotated[list[EstimateCase], Field(min_length=1)]
 
 
+class PeakRow(_Strict):
+    """A method; ``seconds`` include its preparation, cut short."""
+
+    method: str
+    chunk: Annotated[int, Field(ge=1)]
+    seconds: Positive
+    peak_gib: Positive
+
+
+class Peak(Record):
+    """Peak memory of a step: of the process on a CPU, of what torch allocates on a GPU."""
+
+    kind: Literal["peak"] = "peak"
+    limit_gib: Positive
+    rows: Annotated[list[PeakRow], Field(min_length=1)]
+
+
 class SweepKill(_Strict):
     """The SIGKILL: seconds after the start, cells done by then, and steps of the furthest cell under way."""
 
@@ -345,7 +401,7 @@ class Sweep(Record):
         return self
 
 
-AnyResult = Speed | Quality | Resume | Memory | Estimates | Together | Sweep
+AnyResult = Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep
 Result = Annotated[AnyResult, Field(discriminator="kind")]
 _RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
 

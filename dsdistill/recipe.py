@@ -8,6 +8,13 @@ from importlib.metadata import version
 from typing import Any
 
 
+def method_title(settings: Mapping[str, Any]) -> str:
+    """What to call a method in tables, by its recorded settings: its class, and for a wrapper what it wraps."""
+    base = settings.get("base")
+    name = str(settings.get("type", "?"))
+    return f"{name}+{method_title(base)}" if isinstance(base, Mapping) and "type" in base else name
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a set was made: enough to make it again.
@@ -24,6 +31,11 @@ class Recipe:
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     parents: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Name of the method, with that of the one it wraps: "DM", "FYI+DM"."""
+        return method_title(self.method)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers."""

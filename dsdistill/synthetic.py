@@ -212,7 +212,7 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
     def __repr__(self) -> str:
         size = "x".join(map(str, self.shape))
         return (
-            f"SyntheticDataset({self.recipe.method.get('type', '?')}, {len(self.classes)} classes, ipc={self.ipc}, "
+            f"SyntheticDataset({self.recipe.title}, {len(self.classes)} classes, ipc={self.ipc}, "
             f"{len(self)} images {size}, {self.images.key} form, {self.labels.key} labels, "
             f"{self.nbytes.images:,} + {self.nbytes.labels:,} bytes, source={self.recipe.source.get('name')!r})"
         )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dsdistill.methods import get_method, list_methods
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,7 +43,25 @@ def test_the_calls_of_readme_run(tmp_path, monkeypatch, capsys):
     assert targets.dtype == torch.int64
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"])
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "methods").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_examples_of_method_pages_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for block in python_blocks(name):
+        exec(block, {})
+
+
+def test_every_method_has_a_page_that_names_its_paper():
+    for method in list_methods():
+        page = next(page for page in PAGES if Path(page).stem.replace("_", "") == method.lower())
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for number in re.findall(r"arXiv (\d{4}\.\d{5})", get_method(method).paper):
+            assert number in text, f"{page} does not cite arXiv {number}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", *PAGES])
 def test_links_between_documents_lead_somewhere(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):

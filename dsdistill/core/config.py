@@ -119,7 +119,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
 
     Raises:
         UnknownName: a key is no field of the class, or a ``"type"`` names no known class.
-        InvalidSetting: a value has the wrong type or is out of range.
+        InvalidSetting: a value has the wrong type or is out of range, or one without default is missing.
     """
     named = str(data.get(TYPE_KEY, cls.__name__))
     known = {name: child for name, child in _subclasses(cls).items() if not inspect.isabstract(child)}
@@ -134,7 +134,19 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
         if key not in hints:
             raise UnknownName(f"setting of {actual.__name__}", key, sorted(hints))
         arguments[key] = _revive(hints[key], value)
+    check_complete(actual, arguments)
     return actual(**arguments)
+
+
+def check_complete(cls: type, names: typing.Container[str]) -> None:
+    """Refuse to make settings of which one without a default is not among ``names``.
+
+    Raises:
+        InvalidSetting: for the first that is missing.
+    """
+    for field in dataclasses.fields(cls):
+        if _default(field) is dataclasses.MISSING and field.name not in names:
+            raise InvalidSetting(f"{cls.__name__}.{field.name}", None, "it has no default: give a value")
 
 
 def check_names(cls: type, names: typing.Iterable[str]) -> None:

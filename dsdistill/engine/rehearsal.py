@@ -94,7 +94,7 @@ def estimate(
     more = min(method.steps, 1 + max(2, min(20, int(_SECONDS / first))))
     step = (rehearse(more)[0] - first) / (more - 1) if more > 1 else 0.0
     return Estimate(
-        method=type(method).__name__,
+        method=method.title,
         device=run.device.type,
         steps=method.steps * jobs,
         rehearsed=more,

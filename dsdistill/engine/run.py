@@ -170,9 +170,9 @@ class Execution:
             method.prepare(run)
             jobs = method.jobs(run)
             work = f"{len(jobs)} jobs of {method.steps} steps" if len(jobs) > 1 else f"{method.steps} steps"
-            logger.info("%s: %s on %s", type(method).__name__, work, run.device)
+            logger.info("%s: %s on %s", method.title, work, run.device)
             log = self.workspace.metrics if self.workspace else None
-            self.observer = Observer(method.steps * len(jobs), log, self.progress, type(method).__name__)
+            self.observer = Observer(method.steps * len(jobs), log, self.progress, method.title)
             parts: dict[str, SyntheticDataset] = {}
             try:
                 for job in self.order(jobs):
@@ -198,9 +198,7 @@ class Execution:
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         if run.couples_batches:
             problem += "; with batch normalisation all images of a side pass together, whatever the chunk"
-        return OutOfMemory(
-            type(self.method).__name__, run.chunk, problem, f"{knobs}, or run on a device with more memory."
-        )
+        return OutOfMemory(self.method.title, run.chunk, problem, f"{knobs}, or run on a device with more memory.")
 
     def _give_way(self, steps: int) -> None:
         """Stop here if a signal asked for it."""
@@ -292,7 +290,7 @@ class Execution:
         except BadData as error:
             place = self.workspace.job_folder(job) if self.workspace else Path(job.key)
             raise BadArtifact(
-                place, f"the checkpoint does not fit {type(self.method).__name__}: {error}; --overwrite starts afresh"
+                place, f"the checkpoint does not fit {self.method.title}: {error}; --overwrite starts afresh"
             ) from error
 
 
@@ -354,7 +352,7 @@ class _Watch:
         last_good = replace(execution.method.finish(self.run, self._state), recipe=recipe)
         saved = execution.workspace.save_last_good(last_good) if execution.workspace else None
         raise Diverged(
-            type(execution.method).__name__,
+            execution.method.title,
             self._job.key,
             iteration,
             culprit,

@@ -62,7 +62,10 @@ class Shared:
             return read(place)
         except BadArtifact as error:
             logger.warning("%r is discarded and made again: %s", name, error)
-        shutil.rmtree(place)
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        else:
+            place.unlink()
         return None
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:

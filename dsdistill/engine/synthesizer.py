@@ -14,7 +14,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from dsdistill.core.config import check_names, validate
+from dsdistill.core.config import check_names, to_dict, validate
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine.shared import Shared
@@ -22,7 +22,7 @@ from dsdistill.errors import BadData, UnknownName
 from dsdistill.labels import HardLabels, Labels
 from dsdistill.networks import Need, NetworkSpec, has_batchnorm
 from dsdistill.parameterizations import Form, Parameterization, Plain
-from dsdistill.recipe import Recipe
+from dsdistill.recipe import Recipe, method_title
 from dsdistill.synthetic import SyntheticDataset
 
 Metrics = Mapping[str, Tensor]
@@ -135,9 +135,24 @@ class Synthesizer(ABC):
         validate(self)
 
     @property
+    def title(self) -> str:
+        """What to call it in tables: the class, and for a wrapper what it wraps."""
+        return method_title(to_dict(self))
+
+    @property
     def steps(self) -> int:
         """Outer steps of each job; 0 for methods that only select."""
         return 0
+
+    def with_ipc(self, ipc: int) -> Self:
+        """The same method with another budget of stored images per class.
+
+        Raises:
+            UnknownName: the method has no such setting.
+            InvalidSetting: not an integer of at least 1.
+        """
+        check_names(type(self), ["ipc"])
+        return replace(self, ipc=ipc)  # type: ignore[call-arg]
 
     def check(self, source: ImageSource) -> None:
         """Refuse a source this method cannot work with, before any work starts and any file is made.

@@ -23,7 +23,7 @@ source_datasets: [{json.dumps(source_name)}]
 task_categories: [image-classification]
 ---
 
-# {recipe.method.get("type", "Synthetic set")}: {synthetic.ipc} per class of {source_name}
+# {recipe.title}: {synthetic.ipc} per class of {source_name}
 
 ![the images, class by class](grid.png)
 

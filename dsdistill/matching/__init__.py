@@ -1,8 +1,23 @@
 """What methods that match statistics of real and synthetic images have in common."""
 
 from dsdistill.matching.classes import class_positions, class_ranges
+from dsdistill.matching.condensation import GradientCondensation, loops
+from dsdistill.matching.gradients import gradient_chunk, match_gradients, matched_weights, settle_batchnorm
 from dsdistill.matching.means import match_means
 from dsdistill.matching.pixels import refuse_whitened, unit_step
 from dsdistill.matching.views import ClassViews
 
-__all__ = ["ClassViews", "class_positions", "class_ranges", "match_means", "refuse_whitened", "unit_step"]
+__all__ = [
+    "ClassViews",
+    "GradientCondensation",
+    "class_positions",
+    "class_ranges",
+    "gradient_chunk",
+    "loops",
+    "match_gradients",
+    "match_means",
+    "matched_weights",
+    "refuse_whitened",
+    "settle_batchnorm",
+    "unit_step",
+]

@@ -4,18 +4,38 @@
 points in the group ``dsdistill.methods``.
 """
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from dsdistill.core.config import check_names
+from dsdistill.core.config import check_complete, check_names
 from dsdistill.core.registry import Registry
 from dsdistill.engine import Synthesizer
+from dsdistill.errors import InvalidSetting
 
 if TYPE_CHECKING:
+    from dsdistill.methods.datadam import DataDAM
+    from dsdistill.methods.dc import DC
     from dsdistill.methods.dm import DM
+    from dsdistill.methods.dsa import DSA
+    from dsdistill.methods.fyi import FYI
+    from dsdistill.methods.herding import Herding
+    from dsdistill.methods.idc import IDC
+    from dsdistill.methods.kcenter import KCenter
+    from dsdistill.methods.kmeans import KMeans
+    from dsdistill.methods.ncfm import NCFM
     from dsdistill.methods.random_real import RandomReal
 
 TABLE = {
+    "DataDAM": "dsdistill.methods.datadam:DataDAM",
+    "DC": "dsdistill.methods.dc:DC",
     "DM": "dsdistill.methods.dm:DM",
+    "DSA": "dsdistill.methods.dsa:DSA",
+    "FYI": "dsdistill.methods.fyi:FYI",
+    "Herding": "dsdistill.methods.herding:Herding",
+    "IDC": "dsdistill.methods.idc:IDC",
+    "KCenter": "dsdistill.methods.kcenter:KCenter",
+    "KMeans": "dsdistill.methods.kmeans:KMeans",
+    "NCFM": "dsdistill.methods.ncfm:NCFM",
     "RandomReal": "dsdistill.methods.random_real:RandomReal",
 }
 
@@ -28,8 +48,9 @@ def list_methods(pattern: str = "") -> list[str]:
 
 
 def is_method(name: str) -> bool:
-    """Whether `create_method` knows the name."""
-    return name.lower() in map(str.lower, list_methods())
+    """Whether `create_method` knows the name, or every part of a name such as "FYI+DM"."""
+    known = {method.lower() for method in list_methods()}
+    return all(part.lower() in known for part in name.split("+"))
 
 
 def get_method(name: str) -> type[Synthesizer]:
@@ -44,13 +65,24 @@ def get_method(name: str) -> type[Synthesizer]:
 def create_method(name: str, **settings: Any) -> Synthesizer:
     """A method with settings: ``create_method("DM", ipc=1)``.
 
+    "FYI+DM" is a method wrapped by another; settings go to the innermost, ``create_method("FYI+DM", ipc=1)``.
+
     Raises:
         UnknownName: no such method, or no such setting.
-        InvalidSetting: a value has the wrong type or is out of range.
+        InvalidSetting: a value has the wrong type or is out of range, or one without default is missing.
     """
-    cls = get_method(name)
+    *wrappers, innermost = name.split("+")
+    cls = get_method(innermost)
     check_names(cls, settings)
-    return cls(**settings)
+    if "base" not in settings and any(field.name == "base" for field in fields(cls)):
+        raise InvalidSetting(f"{cls.__name__}.base", None, f"name the method to wrap: {cls.__name__}+DM")
+    check_complete(cls, settings)
+    method = cls(**settings)
+    for wrapper in reversed(wrappers):
+        outer = get_method(wrapper)
+        check_names(outer, ["base"])
+        method = outer(base=method)  # type: ignore[call-arg]  # it has that field
+    return method
 
 
 def register_method(cls: type[Synthesizer]) -> type[Synthesizer]:
@@ -66,7 +98,16 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "DC",
     "DM",
+    "DSA",
+    "FYI",
+    "IDC",
+    "NCFM",
+    "DataDAM",
+    "Herding",
+    "KCenter",
+    "KMeans",
     "RandomReal",
     "create_method",
     "get_method",

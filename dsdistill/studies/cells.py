@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from dsdistill.core.config import check_names, to_dict, validate
+from dsdistill.core.config import to_dict, validate
 from dsdistill.core.storage import sha256
 from dsdistill.data import ImageSource, load
 from dsdistill.engine import Synthesizer
@@ -113,7 +113,7 @@ class Cell:
     @property
     def ipc(self) -> int:
         """Budget in stored images per class."""
-        return int(self.method.ipc)  # type: ignore[attr-defined]  # `with_budget` has made sure of it
+        return int(self.method.ipc)  # type: ignore[attr-defined]  # `with_ipc` has made sure of it
 
     @property
     def whole(self) -> bool:
@@ -172,17 +172,6 @@ def named_methods(methods: str | Synthesizer | Iterable[str | Synthesizer]) -> l
     return [create_method(method) if isinstance(method, str) else method for method in several]
 
 
-def with_budget(method: Synthesizer, ipc: int) -> Synthesizer:
-    """The method with ``ipc`` stored images per class.
-
-    Raises:
-        UnknownName: the method has no such setting.
-        InvalidSetting: not an integer of at least 1.
-    """
-    check_names(type(method), ["ipc"])
-    return replace(method, ipc=ipc)  # type: ignore[call-arg]
-
-
 def make_cells(
     data: Mapping[str, Any],
     methods: Iterable[Synthesizer],
@@ -197,7 +186,7 @@ def make_cells(
     """
     rows = tuple(row for row in scoring.baselines if row != "whole")
     budgets, seeds = sorted(set(budgets)), list(dict.fromkeys(seeds))
-    variants = [with_budget(method, ipc) for ipc in budgets for method in methods]
+    variants = [method.with_ipc(ipc) for ipc in budgets for method in methods]
     cells = [
         Cell(data, variant, seed, replace(scoring, baselines=rows, whole_epochs=None))
         for seed in seeds

@@ -25,6 +25,7 @@ import filelock
 from dsdistill.core import storage
 from dsdistill.engine.workspace import differences
 from dsdistill.errors import BadArtifact, OutputConflict, OutputLocked
+from dsdistill.recipe import method_title
 from dsdistill.studies.ledger import Ledger
 
 logger = logging.getLogger("dsdistill")
@@ -114,7 +115,7 @@ class StudyFolder:
 
 def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a reader wants to know of two grids, in at most a dozen short lines; empty where only versions differ."""
-    old, new = ({method["type"]: method for method in grid.get("methods", [])} for grid in (earlier, now))
+    old, new = ({method_title(method): method for method in grid.get("methods", [])} for grid in (earlier, now))
     found = differences(_readable(earlier), _readable(now))
     found += [line for name in old if name in new for line in differences(old[name], new[name], name)]
     changes = [shorten(line, 120, placeholder=" ...") for line in found]
@@ -125,7 +126,7 @@ def _changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _readable(grid: Mapping[str, Any]) -> dict[str, Any]:
     """A grid without what follows from the rest, and with the names of its methods."""
     told = {key: value for key, value in grid.items() if key not in ("cells", "versions")}
-    return {**told, "methods": [method["type"] for method in grid.get("methods", [])]}
+    return {**told, "methods": [method_title(method) for method in grid.get("methods", [])]}
 
 
 def cell_folder(study: Path, key: str) -> Path:

@@ -193,7 +193,14 @@ def _settings(rows: Sequence[Line]) -> list[str]:
 
 def _methods(rows: Sequence[Line]) -> list[str]:
     """Names of methods, with the settings (other than the budget) in which two of one name differ."""
-    return _distinguished([row["method"] for row in rows], [{**row["settings"], "ipc": None} for row in rows])
+    return _distinguished([row["method"] for row in rows], [_without_budget(row["settings"]) for row in rows])
+
+
+def _without_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a method, and of the one it wraps, but for ``ipc``."""
+    base = settings.get("base")
+    inner = {"base": _without_budget(base)} if isinstance(base, Mapping) else {}
+    return {**settings, **inner, "ipc": None}
 
 
 def _distinguished(names: Sequence[str], values: Sequence[Mapping[str, Any]], separator: str = " ") -> list[str]:

@@ -182,7 +182,7 @@ def _identity(cell: Cell, status: str) -> Line:
     return {
         "key": cell.key,
         "status": status,
-        "method": type(cell.method).__name__,
+        "method": cell.method.title,
         "ipc": cell.ipc,
         "seed": cell.seed,
         "protocol": cell.scoring.protocol.title,

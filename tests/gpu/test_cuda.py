@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from methods.cases import CASES
 
 from dsdistill import estimate, evaluate, synthesize
 from dsdistill.augmentations import CutMix, Siamese
@@ -12,7 +13,7 @@ from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Job, Run
 from dsdistill.evaluation import EvaluationProtocol
-from dsdistill.methods import DM, RandomReal
+from dsdistill.methods import DM, FYI, RandomReal
 from dsdistill.networks import NetworkSpec, embed
 from dsdistill.objectives.distribution import class_means, mean_distance
 from dsdistill.parameterizations import Mirrored, Tiled, Tiles
@@ -107,6 +108,28 @@ def test_networks_trained_together_predict_as_those_trained_alone(source):
     options = {"protocol": protocol, "repeats": 4, "baselines": (), "device": CUDA, "progress": False}
     alone, together = (evaluate(made, source, together=count, **options) for count in (1, 4))
     assert together.accuracy.mean == pytest.approx(alone.accuracy.mean, abs=0.1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_runs_and_continues_on_the_device(name, source, tmp_path):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(event):
+        raise Interrupted
+
+    case = CASES[name]
+    whole = synthesize(case, source, device=CUDA)
+    if case.steps:
+        with pytest.raises(Interrupted):
+            synthesize(case, source, device=CUDA, out=tmp_path, checkpoint_every=1, callback=interrupt)
+    resumed = synthesize(case, source, device=CUDA, out=tmp_path)
+    torch.testing.assert_close(resumed.tensors()[0], whole.tensors()[0], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("base", ["DataDAM", "DC", "DSA", "IDC", "NCFM"])
+def test_wrapped_methods_run_on_the_device(base, source):
+    assert torch.isfinite(synthesize(FYI(base=CASES[base]), source, device=CUDA).tensors()[0]).all()
 
 
 def test_an_estimate_is_of_what_the_device_allocates(source, method):

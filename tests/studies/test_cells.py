@@ -13,7 +13,7 @@ from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting, UnknownName
 from dsdistill.methods import DM, RandomReal
 from dsdistill.networks import NetworkSpec
-from dsdistill.studies.cells import Cell, DataReference, Scoring, make_cells, named_methods, with_budget
+from dsdistill.studies.cells import Cell, DataReference, Scoring, make_cells, named_methods
 
 TESTS = Path(__file__).resolve().parents[1]
 SCORING = Scoring(protocol=PROTOCOL, repeats=2)
@@ -120,7 +120,7 @@ def test_methods_by_name_and_instance():
     with pytest.raises(InvalidSetting, match="instances such as"):
         named_methods([DM])
     with pytest.raises(InvalidSetting, match=r"RandomReal\.ipc = 0"):
-        with_budget(RandomReal(), 0)
+        RandomReal().with_ipc(0)
 
 
 def test_what_would_fail_for_certain_is_refused():

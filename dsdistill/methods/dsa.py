@@ -1,0 +1,50 @@
+"""Gradient matching under shared random views (Zhao & Bilen, Dataset Condensation with Differentiable Siamese
+Augmentation, arXiv 2102.08259).
+
+Gradient matching (DC) whose real and synthetic images of a class are shown through one random view, drawn anew for each
+class and each step, so that the images learn to be augmented::
+
+    min_S  E_{θ₀, ω}  Σ_t Σ_c D( ∇_θ ℓ(A_ωc(T_c); θ_t),  ∇_θ ℓ(A_ωc(S_c); θ_t) ),      θ_{t+1} = train(θ_t on A(S))
+
+Networks are trained on S under views drawn for each image. D and everything else is as for DC, but images start as real
+ones. The algorithm is in `dsdistill.matching.condensation`.
+
+Departures from the authors' code: those of DC; and a view is a record that is drawn once and applied to both sides,
+where the code seeds the global generator alike for both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from dsdistill.augmentations import Augmentation, Siamese
+from dsdistill.engine import Preset
+from dsdistill.matching import GradientCondensation
+
+
+@dataclass(frozen=True, kw_only=True)
+class DSA(GradientCondensation):
+    """Gradient matching under views that real and synthetic images of a class share."""
+
+    paper: ClassVar[str] = (
+        "Zhao & Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, arXiv 2102.08259"
+    )
+    presets: ClassVar[Mapping[str, Preset]] = {
+        **{
+            f"{data}/ipc{ipc}": Preset("section 4 and appendix of the paper, main.py", {"ipc": ipc})
+            for data in ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100")
+            for ipc in (1, 10, 50)
+        },
+        "cifar10/ipc100": Preset(
+            "the authors in the issues of their code", {"ipc": 100, "outer_loop": 100, "inner_epochs": 2}
+        ),
+        "cifar100/ipc50/fyi": Preset(
+            "the code of FYI (Son et al., arXiv 2407.08113)", {"ipc": 50, "outer_loop": 10, "inner_epochs": 10}
+        ),
+    }
+
+    init: Literal["noise", "real"] = "real"
+    """What the images start as: N(0, 1) in standardised units, or random real images."""
+    augmentation: Augmentation | None = Siamese()
+    """Views of a class, shared by real and synthetic images, and of each image on which networks are trained; flips are
+    left out where they change the class."""
