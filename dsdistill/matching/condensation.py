@@ -91,8 +91,7 @@ class GradientCondensation(PerClass):
     network: NetworkSpec = NetworkSpec()
     """Network whose random initialisations give the gradients."""
     augmentation: Augmentation | None = None
-    """Views of a class, shared by real and synthetic images, and of each image on which networks are trained; flips are
-    left out where they change the class."""
+    """Views that both sides of a class share, and those of each image that networks train on; without unsafe flips."""
 
     @property
     def loops(self) -> tuple[int, int]:

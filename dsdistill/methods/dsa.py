@@ -46,5 +46,4 @@ class DSA(GradientCondensation):
     init: Literal["noise", "real"] = "real"
     """What the images start as: N(0, 1) in standardised units, or random real images."""
     augmentation: Augmentation | None = Siamese()
-    """Views of a class, shared by real and synthetic images, and of each image on which networks are trained; flips are
-    left out where they change the class."""
+    """Views that both sides of a class share, and those of each image that networks train on; without unsafe flips."""
