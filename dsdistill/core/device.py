@@ -3,6 +3,7 @@
 import gc
 
 import torch
+from torch import Tensor
 
 from dsdistill.errors import DeviceUnavailable
 
@@ -39,12 +40,20 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
 def default_chunk(shape: tuple[int, int, int], device: torch.device) -> int:
     """How many images (C, H, W) should pass a network at a time.
 
-    On the CPU such that one 128-channel activation stays within 8 MiB: it then fits the caches and is small enough
-    for the C allocator to reuse. On accelerators within 2 GiB, and at most 4096 images.
+    On the CPU such that one 128-channel activation stays within 16 MiB: it then nearly fits the caches and is small
+    enough for the C allocator to reuse. On accelerators within 2 GiB, and at most 4096 images.
     """
     activation = 128 * 4 * shape[1] * shape[2]
-    budget = 8 * 2**20 if device.type == "cpu" else 2 * 2**30
+    budget = 16 * 2**20 if device.type == "cpu" else 2 * 2**30
     return max(1, min(budget // activation, 4096))
+
+
+def in_parts(tensor: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """Rows of ``tensor`` in as few parts of at most ``chunk`` as there can be, of nearly equal size.
+
+    A small rest, which takes nearly as long as a whole part, is spread over the others.
+    """
+    return torch.tensor_split(tensor, max(1, -(-len(tensor) // chunk)))
 
 
 def settle_allocator(device: torch.device) -> None:

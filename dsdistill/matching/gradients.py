@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsdistill.core.device import in_parts
 from dsdistill.engine import Run, State
 from dsdistill.matching.classes import class_positions
 from dsdistill.matching.views import ClassViews
@@ -43,7 +44,7 @@ def matched_weights(network: nn.Module, least: int = 2) -> Weights:
 
 def gradient_chunk(run: Run) -> int:
     """How many images should pass at a time where gradients are taken, which hold several activations of each."""
-    return max(1, run.chunk // 4)
+    return max(1, run.chunk // 2)
 
 
 def match_gradients(
@@ -122,7 +123,7 @@ class _Sides:
                 source.targets[part],
                 len(rows),
             )
-            for part in torch.split(rows, gradient_chunk(self.run))
+            for part in in_parts(rows, gradient_chunk(self.run))
         ]
         return _added(parts)
 
@@ -146,7 +147,7 @@ class _Sides:
         adds to the slope of D is that of ⟨u, its gradient⟩.
         """
         count, chunk = len(images), gradient_chunk(self.run)
-        chunks = list(zip(torch.split(images, chunk), torch.split(wanted, chunk), strict=True))
+        chunks = list(zip(in_parts(images, chunk), in_parts(wanted, chunk), strict=True))
         found = _added([self._gradients(part.detach(), labels.detach(), count) for part, labels in chunks])
         value = self.distance(target, [gradient.requires_grad_() for gradient in found])
         slopes = torch.autograd.grad(value, found)

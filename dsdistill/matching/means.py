@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsdistill.core.device import in_parts
 from dsdistill.engine import Run, State
 from dsdistill.matching.classes import class_positions, class_ranges
 from dsdistill.matching.views import ClassViews
@@ -25,7 +26,7 @@ Signal = Callable[[Tensor], Tensor]
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Real and synthetic means, (K, D) each -> scalar, a sum over the K classes."""
 
-_UNSPLIT = 4  # a class of up to so many chunks passes as one, which saves a forward pass
+_UNSPLIT = 4  # on a CPU, whose chunks are small, a class of up to so many passes as one, which saves a forward pass
 
 
 def match_means(
@@ -52,10 +53,11 @@ def match_means(
     sides = _Sides(run, state, signal, views, class_positions(run, state))
     target = sides.real_means(iteration, real_batch, couples)
     sizes = sides.sizes()
+    unsplit = _UNSPLIT if run.device.type == "cpu" else 1
     loss = torch.zeros((), device=run.device)
     for part in class_ranges(sizes, int(sizes.sum()) if couples else run.chunk):
         # The loss is a sum over classes, so its gradient may be taken range by range.
-        if couples or int(sizes[part].sum()) <= _UNSPLIT * run.chunk:
+        if couples or int(sizes[part].sum()) <= unsplit * run.chunk:
             value = distance(target[part], sides.synthetic_means(part))
             value.backward()  # type: ignore[no-untyped-call]
         else:
@@ -88,7 +90,7 @@ class _Sides:
         owner = torch.arange(len(sizes)).repeat_interleave(sizes)
         chunk = len(owner) if couples else self.run.chunk
         sums = torch.zeros((), device=self.run.device)
-        for rows, whose in zip(torch.split(index, chunk), torch.split(owner, chunk), strict=True):
+        for rows, whose in zip(in_parts(index, chunk), in_parts(owner, chunk), strict=True):
             sums = sums + self._sums(source.gather(rows), whose, slice(0, len(sizes)))
         return sums / sizes.to(sums, non_blocking=True)[:, None]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.functional import cross_entropy
 
-from dsdistill.core.device import default_chunk
+from dsdistill.core.device import default_chunk, in_parts
 from dsdistill.core.rng import Rng
 from dsdistill.errors import InvalidSetting
 from dsdistill.networks import has_batchnorm
@@ -87,7 +87,7 @@ def train(
         optimizer.param_groups[0]["lr"] = recipe.learning_rate(batch.epoch)
         optimizer.zero_grad()
         size = len(batch.images) if whole else chunk
-        for images, wanted in zip(torch.split(batch.images, size), torch.split(batch.targets, size), strict=True):
+        for images, wanted in zip(in_parts(batch.images, size), in_parts(batch.targets, size), strict=True):
             loss = cross_entropy(network(images), wanted, reduction="sum") / len(batch.images)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from dsdistill.core import device as module
-from dsdistill.core.device import default_chunk, peak_memory, resolve_device, synchronize
+from dsdistill.core.device import default_chunk,
+    in_parts, peak_memory, resolve_device, synchronize
 from dsdistill.errors import DeviceUnavailable
 
 
@@ -66,15 +67,22 @@ def test_what_is_not_there_is_refused(given, options, message, machine):
     assert isinstance(caught.value, RuntimeError)
 
 
-def test_chunks_fill_8_mib_of_cache_or_2_gib():
+def test_chunks_fill_16_mib_of_cache_or_2_gib():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert default_chunk((3, 32, 32), cpu) == 16  # 128 channels x 32 x 32 x 4 bytes = 512 KiB each
-    assert default_chunk((1, 64, 32), cpu) == 8
-    assert default_chunk((3, 8, 8), cpu) == 256
+    assert default_chunk((3, 32, 32), cpu) == 32  # 128 channels x 32 x 32 x 4 bytes = 512 KiB each
+    assert default_chunk((1, 64, 32), cpu) == 16
+    assert default_chunk((3, 8, 8), cpu) == 512
     assert default_chunk((3, 1, 1), cpu) == 4096
     assert default_chunk((3, 512, 512), cpu) == 1
     assert default_chunk((3, 32, 32), cuda) == 4096
     assert default_chunk((3, 256, 256), cuda) == 64
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(100, [25] * 4), (26, [26]), (27, [14, 13]), (1, [1]), (0, [0])])
+def test_parts_are_few_and_of_nearly_equal_size(count, sizes):
+    parts = in_parts(torch.arange(count), 26)
+    assert [len(part) for part in parts] == sizes
+    assert torch.equal(torch.cat(parts), torch.arange(count))
 
 
 def test_peak_memory_is_in_bytes():

@@ -477,7 +477,7 @@ def test_training_that_runs_out_of_memory_starts_again_with_smaller_chunks(synth
     monkeypatch.setattr(scorer_module, "train", hungry)
     result = run(synthetic, source)
     assert values(result) == values(plain)
-    assert chunks == [256, 128, 64, 64, 64, 64]
+    assert chunks == [512, 256, 128, 64, 64, 64, 64]
     assert "128 images pass" in caplog.text
     assert result.to_json()["device"]["chunk"] == 64
 
