@@ -27,6 +27,8 @@ from dsdistill.methods import NCFM
 
 MODULE = "benchmarks.speed.ncfm_step"
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
+# Of gradients in float32: cosines of sums of 2048 products, whose rounding the frequencies magnify.
+GRADIENT_TOLERANCES = {torch.float32: 5e-3, torch.float64: 1e-10}
 CHECKED_BATCH = 64  # real images of each class in the equality check, whose reference takes them one by one
 
 
@@ -202,7 +204,7 @@ def _compare(method: NCFM, run: Run, state: State, iteration: int) -> list[pairs
         pairs.equality("loss", reported["loss"], distance.detach(), strict),
         pairs.equality("calibration", reported["calibration"], calibration.detach(), strict),
         pairs.equality("gradient, largest", ours, gradient, strict if pixels.dtype == torch.float64 else 0.1),
-        pairs.equality("gradient, median image", ours, gradient, strict, median=True),
+        pairs.equality("gradient, median image", ours, gradient, GRADIENT_TOLERANCES[pixels.dtype], median=True),
     ]
 
 

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from dsdistill.core import device as module
-from dsdistill.core.device import default_chunk,
-    in_parts, peak_memory, resolve_device, synchronize
+from dsdistill.core.device import default_chunk, in_parts, peak_memory, resolve_device, synchronize
 from dsdistill.errors import DeviceUnavailable
 
 
