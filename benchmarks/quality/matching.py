@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=argparse.SUPPRESS, help="synthesis seeds")
     parser.add_argument("--networks", type=int, default=argparse.SUPPRESS, help="networks per seed")
     parser.add_argument("--epochs", type=int, default=argparse.SUPPRESS, help="epochs of the evaluation")
+    parser.add_argument("--tag", default="", help="added to the name of the result file")
     parser.add_argument("--device")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of sets and scores, kept for resuming")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
@@ -87,7 +88,8 @@ def main() -> None:
         "protocols": {name: to_dict(protocol) for name, protocol in protocols.items()},
         "rows": [line for name in protocols for line in lines(name, {key: row[name] for key, row in rows.items()})],
     }
-    path = options.results / f"quality-matching-{slug(source.name)}-{options.plan}-ipc{options.ipc}-{device.type}.json"
+    words = ["quality-matching", slug(source.name), options.plan, f"ipc{options.ipc}", options.tag, device.type]
+    path = options.results / f"{'-'.join(word for word in words if word)}.json"
     write_result(path, content, seed=0, started=started, device=device)
     print(f"written to {path}")
 

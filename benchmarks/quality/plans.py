@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from dsdistill.augmentations import flip_first
 from dsdistill.engine import Synthesizer
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
 from dsdistill.methods import DC, DM, DSA, FYI, IDC, NCFM, DataDAM, Herding, KCenter, KMeans, RandomReal
@@ -53,23 +54,37 @@ def _digits(ipc: int) -> dict[str, Synthesizer]:
         "DM": {"iterations": 300, "real_batch": 64},
         "DataDAM": {"iterations": 300, "real_batch": 64},
         "IDC": {"iterations": 10, "inner_steps": 20, "trained_on": 256},
-        "NCFM": {"iterations": 400, "real_batch": 128, "frequencies": 512, "networks": 3, "pretraining": pretraining},
+        "NCFM": {
+            "iterations": 400,
+            "real_batch": 128,
+            "frequencies": 512,
+            "networks": 3,
+            "pretraining": pretraining,
+            "lr_images": 0.01,
+        },
     }
     return _methods(network, extractor, settings, ipc)
 
 
 def _short(ipc: int) -> dict[str, Synthesizer]:
-    """CIFAR-10 with networks of half the usual width: each method for about a minute on two cores."""
+    """CIFAR-10 with networks of half the usual width: each method for half a minute to a minute on two cores."""
     network = NetworkSpec(width=64)
-    extractor = Extractor(network=network, training=TrainingRecipe(epochs=2, lr=0.03))
+    extractor = Extractor(network=network, training=TrainingRecipe(epochs=1, lr=0.03))
     pretraining = TrainingRecipe(epochs=1, batch_size=128, lr=0.03)
     settings = {
-        "DC": {"iterations": 15, "real_batch": 64, "outer_loop": 5, "inner_epochs": 10, "init": "real"},
-        "DSA": {"iterations": 15, "real_batch": 64, "outer_loop": 5, "inner_epochs": 10},
-        "DM": {"iterations": 300, "real_batch": 64},
-        "DataDAM": {"iterations": 300, "real_batch": 64},
-        "IDC": {"iterations": 3, "inner_steps": 25, "trained_on": 512},
-        "NCFM": {"iterations": 150, "real_batch": 64, "frequencies": 512, "networks": 1, "pretraining": pretraining},
+        "DC": {"iterations": 10, "real_batch": 64, "outer_loop": 5, "inner_epochs": 10, "init": "real"},
+        "DSA": {"iterations": 10, "real_batch": 64, "outer_loop": 5, "inner_epochs": 10},
+        "DM": {"iterations": 400, "real_batch": 64},
+        "DataDAM": {"iterations": 400, "real_batch": 64},
+        "IDC": {"iterations": 2, "inner_steps": 25, "trained_on": 512},
+        "NCFM": {
+            "iterations": 120,
+            "real_batch": 64,
+            "frequencies": 512,
+            "networks": 1,
+            "pretraining": pretraining,
+            "lr_images": 0.01,
+        },
     }
     made = _methods(network, extractor, settings, ipc)
     wrapped: dict[str, Synthesizer] = {f"FYI+{name}": FYI(base=made[name]) for name in ("DM", "DataDAM", "DSA")}
@@ -81,12 +96,14 @@ def _published(ipc: int) -> dict[str, Synthesizer]:
     name = f"cifar10/ipc{ipc}"
     made: dict[str, Synthesizer] = {"RandomReal": RandomReal(ipc=ipc), "KMeans": KMeans(ipc=ipc)}
     made |= {cls.__name__: cls.preset(name) for cls in (DataDAM, DM, DSA, NCFM, DC, IDC)}
-    made |= {f"FYI+{base}": FYI(base=made[base]) for base in ("DataDAM", "DM", "DSA")}
+    for base in ("DataDAM", "DM", "DSA"):
+        made[f"FYI+{base}"] = FYI(base=made[base])
+        made[f"FYI+{base}, flips first"] = FYI(base=replace(made[base], augmentation=flip_first()))
     return made | {"DataDAM, repo": DataDAM.preset(f"{name}/repo")}
 
 
 PLANS = {
     "digits": Plan(_digits, seeds=4, networks=3, epochs=150, network=NetworkSpec(width=32, depth=2)),
-    "short": Plan(_short, seeds=3, networks=2, epochs=200, network=NetworkSpec(width=64)),
+    "short": Plan(_short, seeds=3, networks=2, epochs=150, network=NetworkSpec(width=64)),
     "published": Plan(_published, seeds=1, networks=5),
 }

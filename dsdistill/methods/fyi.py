@@ -13,10 +13,11 @@ The doubling is done in front of augmentation, for matching and for training net
 images become 2b). Networks that score the set see S alone, mirrored only by their protocol's own augmentation; the
 protocol "fyi" mirrors more often than the others, so compare a wrapped method with its base under one protocol.
 
-Departures from the authors' code: any method can be wrapped, not DC, DSA, DM and MTT alone; mini-batches of networks
-trained on S are doubled, where some versions of the code halve them first; the set is saved (the code ends before it
-does). ``store="pairs"`` keeps X(S) as the set, so that networks are trained on both halves, which the authors' code
-evaluates as well, beside S.
+Departures from the authors' code: any method can be wrapped, not DC, DSA, DM and MTT alone. The base keeps its own
+augmentation, where their code also mirrors both sides with probability 1/2 before it draws an operation
+(`dsdistill.augmentations.flip_first`). The set is saved (the code ends before it does). ``store="pairs"`` keeps X(S)
+as the set, so that networks are trained on both halves, which the first version of the code evaluated as well; that
+version also halved mini-batches before doubling them.
 """
 
 import logging

@@ -168,11 +168,19 @@ def test_networks_without_two_maps_are_refused(source):
             replace(PLAIN, network=spec).check(source)
 
 
+def test_the_extractor_of_chosen_images_is_checked_before_any_work(source):
+    deep = Extractor(network=NetworkSpec(depth=9))
+    replace(PLAIN, extractor=deep).check(source)  # it is not used
+    with pytest.raises(InvalidSetting, match="depth = 9"):
+        replace(PLAIN, extractor=deep, init="kcenter").check(source)
+
+
 def test_presets_of_paper_and_code():
     paper, code = DataDAM.preset("cifar10/ipc10"), DataDAM.preset("cifar10/ipc10/repo")
     assert (paper.power, paper.network.norm, paper.iterations, paper.lr_images) == (4, None, 8000, 1)
     assert (code.power, code.network.norm, code.iterations, code.real_batch) == (1, "batch", 20_000, 64)
-    assert DataDAM.preset("cifar10/ipc100").lr_images == 10
+    assert DataDAM.preset("imagenet_nette/ipc1/repo").feature_weight == 0.01
+    assert DataDAM.preset("imagenet_nette/ipc1/repo").network == NetworkSpec(norm="batch", depth=6)
     assert DataDAM.preset("imagenet_woof/ipc1").feature_weight == 0.02
     assert DataDAM.preset("paper", ipc=3) == DataDAM(ipc=3)
     assert DataDAM.preset("repo", ipc=10) == code
