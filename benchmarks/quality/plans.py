@@ -87,6 +87,8 @@ def _short(ipc: int) -> dict[str, Synthesizer]:
         },
     }
     made = _methods(network, extractor, settings, ipc)
+    coded = {"power": 1.0, "network": replace(network, norm="batch")}  # what the authors' code does, with as many steps
+    made["DataDAM, repo"] = DataDAM(ipc=ipc, **{**settings["DataDAM"], **coded})
     wrapped: dict[str, Synthesizer] = {f"FYI+{name}": FYI(base=made[name]) for name in ("DM", "DataDAM", "DSA")}
     return made | wrapped
 
