@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 
+from dsdistill.cli.configured import as_configured
 from dsdistill.cli.messages import explained, missing, plain_types
 from dsdistill.cli.presets import refuse_preset, with_preset
 from dsdistill.cli.spelling import as_parsed, reread
@@ -89,6 +91,15 @@ class Parser(ArgumentParser):
         if parsed.get("subcommand"):
             refuse_preset(parsed[parsed.subcommand])  # what no file held: --config '{preset: ...}', a pipe
         return parsed
+
+    def dump(self, cfg: Namespace, *others: Any, **kwargs: Any) -> str:
+        """As the library's, which cannot write settings that stand in a list (the stages of a chain)."""
+        written = cfg.clone()
+        for key, value in cfg.items():
+            if isinstance(value, (list, tuple)) and any(map(is_dataclass, value)):
+                written[key] = as_configured(value)
+        text: str = super().dump(written, *others, **kwargs)
+        return text
 
     def parse_path(self, path: str | os.PathLike[str], *others: Any, **kwargs: Any) -> Namespace:
         """Read a file of settings; what is wrong with it is said with its name."""

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ActionFail, ArgumentParser
 
+from dsdistill.cli.configured import as_configured
 from dsdistill.errors import InvalidSetting, UnknownName
 
 if TYPE_CHECKING:
@@ -98,15 +98,4 @@ def _without(arguments: Sequence[str], name: str) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(_as_configured(value))
-
-
-def _as_configured(value: Any) -> Any:
-    """A setting as it stands in a file of settings."""
-    if is_dataclass(value) and not isinstance(value, type):
-        cls = type(value)
-        arguments = {field.name: _as_configured(getattr(value, field.name)) for field in fields(value)}
-        return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": arguments}
-    if isinstance(value, Mapping):
-        return {key: _as_configured(item) for key, item in value.items()}
-    return [_as_configured(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return value if isinstance(value, str) else json.dumps(as_configured(value))
