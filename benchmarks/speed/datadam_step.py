@@ -15,12 +15,21 @@ from torch.nn import functional as F
 
 from benchmarks.speed import pairs
 from benchmarks.speed.reference import OPS, PlainConvNet, given_view, random_view
-from benchmarks.speed.stage import SHAPE, TOLERANCES, DoubleSource, make_source, stage, stepper
-from dsdistill.data import ImageSource
+from benchmarks.speed.stage import (
+    SHAPE,
+    benchmark,
+    loss_and_gradient,
+    make_source,
+    plain_start,
+    precision,
+    stage,
+    step_parser,
+    stepper,
+    worst,
+)
 from dsdistill.methods import DataDAM
 
 MODULE = "benchmarks.speed.datadam_step"
-CHECKED_BATCH = 32  # real images of each class in the equality check, whose reference takes them one by one
 
 
 def make_method(options: argparse.Namespace) -> DataDAM:
@@ -30,14 +39,8 @@ def make_method(options: argparse.Namespace) -> DataDAM:
 
 def loops(options: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one step the plain way."""
-    source = make_source(options)
     device, ipc, classes = torch.device(options.device), options.ipc, options.classes
-    np.random.seed(options.seed)  # noqa: NPY002 (the field's scripts draw from the global generator)
-    torch.manual_seed(options.seed)
-    members = [list(range(c * options.per_class, (c + 1) * options.per_class)) for c in range(classes)]
-    images = source.normalization.standardize(source.images).to(device)
-    synthetic = torch.cat([images[np.random.permutation(rows)[:ipc]] for rows in members])  # noqa: NPY002
-    synthetic = synthetic.detach().clone().requires_grad_(True)
+    images, members, synthetic = plain_start(options)
     optimizer = torch.optim.SGD([synthetic], lr=1.0, momentum=0.5)
 
     def gap(real: Tensor, made: Tensor) -> Tensor:
@@ -94,22 +97,12 @@ def attention(maps: Tensor) -> Tensor:
     return F.normalize(torch.sum(torch.abs(maps) ** 4, dim=1).view(len(maps), -1), p=2.0)
 
 
-def check(options: argparse.Namespace, dtype: torch.dtype, iterations: int) -> list[pairs.Equality]:
-    """Loss and image gradient of both from the same weights, real images and views; see `dm_step.check`.
-
-    Raises:
-        pydantic.ValidationError: they differ by more than the tolerance.
-    """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        kind = DoubleSource if dtype == torch.float64 else ImageSource
-        source, method = make_source(options, kind), make_method(options)
-        run, state = stage(method, source, options)
-        found = [_compare(method, run, state, iteration) for iteration in range(iterations)]
-    finally:
-        torch.set_default_dtype(before)
-    return [max(column, key=lambda one: one.relative) for column in zip(*found, strict=True)]
+def check(options: argparse.Namespace, dtype: torch.dtype, iterations: int = 3) -> list[pairs.Equality]:
+    """Loss and image gradient of both from the same weights, real images and views; see `loss_and_gradient`."""
+    with precision(dtype) as kind:
+        method = make_method(options)
+        run, state = stage(method, make_source(options, kind), options)
+        return worst([_compare(method, run, state, iteration) for iteration in range(iterations)])
 
 
 def _compare(method: DataDAM, run: Any, state: Any, iteration: int) -> list[pairs.Equality]:
@@ -130,44 +123,13 @@ def _compare(method: DataDAM, run: Any, state: Any, iteration: int) -> list[pair
         loss = loss + (seen[0][0].mean(0) - seen[1][0].mean(0)).square().sum()
     (gradient,) = torch.autograd.grad(loss, copy)
     reported = method.step(run, state, iteration)["loss"]
-    assert pixels.grad is not None
-    strict = TOLERANCES[pixels.dtype]
-    return [
-        pairs.equality("loss", reported, loss.detach(), strict),
-        pairs.equality("gradient, largest", pixels.grad, gradient, strict if pixels.dtype == torch.float64 else 0.1),
-        pairs.equality("gradient, median image", pixels.grad, gradient, strict, median=True),
-    ]
+    return loss_and_gradient(reported, loss, pixels, gradient)
 
 
 def main() -> None:
-    parser = pairs.parser(__doc__)
-    parser.add_argument("--ipc", type=int, default=10)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--per-class", type=int, default=5000, help="real images of each class")
-    parser.add_argument("--real-batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each process")
-    parser.add_argument("--warmups", type=int, default=1)
-    options = parser.parse_args()
-    if options.worker:
-        program = loops(options) if options.worker == "loops" else stepper(make_method(options), options)
-        return pairs.work(options, [program] * options.warmups, program, options.steps)
-    small = {"real_batch": min(CHECKED_BATCH, options.real_batch), "per_class": min(1000, options.per_class)}
-    checked = argparse.Namespace(**{**vars(options), **small})
-    equality = [one for dtype in TOLERANCES for one in check(checked, dtype, iterations=3)]
-    for one in equality:
-        print(f"{one.quantity} ({one.dtype}): relative difference {one.relative:.2e}")
-    settings = {name: getattr(options, name) for name in ("ipc", "classes", "per_class", "real_batch", "steps")}
-    title = f"DataDAM step, 3x32x32, {options.classes} classes, IPC {options.ipc}, real batch {options.real_batch}"
-    content = {
-        "kind": "speed",
-        "title": title,
-        "unit": "outer step",
-        "settings": settings,
-        "warmups": options.warmups,
-        "target": 2.0,
-        "equality": [one.model_dump() for one in equality],
-    }
-    pairs.publish(options, MODULE, "speed-datadam_step", content)
+    options = step_parser(__doc__, real_batch=128, steps=5).parse_args()
+    programs = {"loops": loops, "dsdistill": lambda options: stepper(make_method(options), options)}
+    benchmark(options, MODULE, "DataDAM step", programs, check, {"real_batch": 32, "per_class": 1000})
 
 
 if __name__ == "__main__":

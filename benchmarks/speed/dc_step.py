@@ -4,7 +4,6 @@ Against plain loops over classes and a data loader, on random images of CIFAR-10
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,66 +12,42 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.speed import pairs
-from benchmarks.speed.dm_step import SHAPE, DoubleSource, make_source
 from benchmarks.speed.reference import OPS, PlainConvNet, given_view, random_view
+from benchmarks.speed.stage import SHAPE, benchmark, make_source, plain_start, precision, stage, step_parser, stepper
 from dsdistill.augmentations import Views
-from dsdistill.core.device import default_chunk, settle_allocator
-from dsdistill.core.rng import Rng
-from dsdistill.data import ImageSource
-from dsdistill.engine import Job, Run, State
+from dsdistill.engine import Run
 from dsdistill.methods import DSA
 
 MODULE = "benchmarks.speed.dc_step"
-TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-9}
+LOOSER = {torch.float32: 1e-3, torch.float64: 1e-9}  # gradients of gradients
 CHECKED = {"real_batch": 16, "inner_epochs": 2, "outer_loop": 2, "per_class": 500}  # most, in the equality check
 
 
-def make_run(source: ImageSource, options: argparse.Namespace) -> tuple[DSA, Run, State]:
-    """A run as `dsdistill.synthesize` sets it up."""
-    device = torch.device(options.device)
-    settle_allocator(device)
-    method = DSA(
+def make_method(options: argparse.Namespace) -> DSA:
+    """The settings of the paper, but for the number of updates."""
+    return DSA(
         ipc=options.ipc,
         real_batch=options.real_batch,
         outer_loop=options.outer_loop,
         inner_epochs=options.inner_epochs,
     )
-    job = Job("all", tuple(range(source.num_classes)))
-    run = Run(
-        source=source.train_only().to(device),
-        device=device,
-        rng=Rng(options.seed, device=device),
-        classes=job.classes,
-        chunk=default_chunk(source.shape, device),
-    ).scoped(job)
-    state = method.start(run, job)
-    state.images.to(device)
-    state.labels.to(device)
-    return method, run, state
 
 
 def ours(options: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one outer iteration with dsdistill."""
-    method, run, state = make_run(make_source(options), options)
-    iteration = iter(range(sys.maxsize))
+    step = stepper(make_method(options), options)
 
     def outer() -> None:
         for _ in range(options.outer_loop):
-            float(method.step(run, state, next(iteration))["loss"])
+            step()
 
     return outer
 
 
 def loops(options: argparse.Namespace) -> Callable[[], None]:
     """A function that makes one outer iteration the plain way."""
-    source = make_source(options)
     device, ipc = torch.device(options.device), options.ipc
-    np.random.seed(options.seed)  # noqa: NPY002 (the field's scripts draw from the global generator)
-    torch.manual_seed(options.seed)
-    members = [list(range(c * options.per_class, (c + 1) * options.per_class)) for c in range(options.classes)]
-    images = source.normalization.standardize(source.images).to(device)
-    synthetic = torch.cat([images[np.random.permutation(rows)[:ipc]] for rows in members])  # noqa: NPY002
-    synthetic = synthetic.detach().clone().requires_grad_(True)
+    images, members, synthetic = plain_start(options)
     labels = torch.arange(options.classes, device=device).repeat_interleave(ipc)
     optimizer = torch.optim.SGD([synthetic], lr=0.1, momentum=0.5)
     criterion = nn.CrossEntropyLoss().to(device)
@@ -154,27 +129,23 @@ def check(options: argparse.Namespace, dtype: torch.dtype) -> list[pairs.Equalit
     Raises:
         pydantic.ValidationError: they differ by more than the tolerance.
     """
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        kind = DoubleSource if dtype == torch.float64 else ImageSource
-        method, run, state = make_run(make_source(options, kind), options)
+    found = []
+    with precision(dtype) as kind:
+        method = make_method(options)
+        run, state = stage(method, make_source(options, kind), options)
         (pixels,) = state.images.parameters()
         slow = _Slow(method, run, pixels.detach().clone(), state.labels.classes.to(run.device))
-        found = []
         for iteration in range(options.outer_loop):
             loss, gradient = slow.update(iteration)
             reported = method.step(run, state, iteration)["loss"]
             assert pixels.grad is not None
             if iteration == 0:
-                strict = TOLERANCES[dtype]
+                strict = LOOSER[dtype]
                 found.append(pairs.equality("loss", reported, loss, strict))
                 found.append(pairs.equality("gradient, median image", pixels.grad, gradient, strict, median=True))
         if dtype == torch.float64:
             found.append(pairs.equality("gradient after training", pixels.grad, gradient, strict))
             found.append(pairs.equality("images after all updates", pixels.detach(), slow.pixels, strict))
-    finally:
-        torch.set_default_dtype(before)
     return found
 
 
@@ -230,39 +201,12 @@ class _Slow:
 
 
 def main() -> None:
-    parser = pairs.parser(__doc__)
-    parser.add_argument("--ipc", type=int, default=10)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--per-class", type=int, default=5000, help="real images of each class")
-    parser.add_argument("--real-batch", type=int, default=256)
+    parser = step_parser(__doc__, real_batch=256, steps=1)
     parser.add_argument("--outer-loop", type=int, default=2, help="image updates of an outer iteration")
     parser.add_argument("--inner-epochs", type=int, default=50, help="epochs of training between two updates")
-    parser.add_argument("--steps", type=int, default=1, help="timed outer iterations of each process")
-    parser.add_argument("--warmups", type=int, default=1)
     options = parser.parse_args()
-    if options.worker:
-        program = loops(options) if options.worker == "loops" else ours(options)
-        return pairs.work(options, [program] * options.warmups, program, options.steps)
-    small = {name: min(most, getattr(options, name)) for name, most in CHECKED.items()}
-    checked = argparse.Namespace(**{**vars(options), **small})
-    equality = [one for dtype in TOLERANCES for one in check(checked, dtype)]
-    for one in equality:
-        print(f"{one.quantity} ({one.dtype}): relative difference {one.relative:.2e}")
-    names = ("ipc", "classes", "per_class", "real_batch", "outer_loop", "inner_epochs", "steps")
-    title = (
-        f"DSA outer iteration, 3x32x32, {options.classes} classes, IPC {options.ipc}, real batch {options.real_batch}, "
-        f"{options.outer_loop} updates, {options.inner_epochs} epochs between"
-    )
-    content = {
-        "kind": "speed",
-        "title": title,
-        "unit": "outer iteration",
-        "settings": {name: getattr(options, name) for name in names},
-        "warmups": options.warmups,
-        "target": 2.0,
-        "equality": [one.model_dump() for one in equality],
-    }
-    pairs.publish(options, MODULE, "speed-dc_step", content)
+    what = f"DSA outer iteration, {options.outer_loop} updates, {options.inner_epochs} epochs between"
+    benchmark(options, MODULE, what, {"loops": loops, "dsdistill": ours}, check, CHECKED)
 
 
 if __name__ == "__main__":
