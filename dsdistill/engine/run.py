@@ -197,7 +197,7 @@ class Execution:
         knobs = f"Lower {' or '.join(sorted(sizes))}, take a smaller network" if sizes else "Take a smaller network"
         problem = (str(error).splitlines() or [type(error).__name__])[0]
         if run.couples_batches:
-            problem += "; with batch normalisation all images of a side pass together, whatever the chunk"
+            problem += "; with batch normalisation all images of a batch pass together, whatever the chunk"
         return OutOfMemory(self.method.title, run.chunk, problem, f"{knobs}, or run on a device with more memory.")
 
     def _give_way(self, steps: int) -> None:

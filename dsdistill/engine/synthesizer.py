@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from dsdistill.core.config import check_names, to_dict, validate
@@ -20,7 +21,7 @@ from dsdistill.data import ImageSource
 from dsdistill.engine.shared import Shared
 from dsdistill.errors import BadData, UnknownName
 from dsdistill.labels import HardLabels, Labels
-from dsdistill.networks import Need, NetworkSpec, has_batchnorm
+from dsdistill.networks import Need, NetworkSpec
 from dsdistill.parameterizations import Form, Parameterization, Plain
 from dsdistill.recipe import Recipe, method_title
 from dsdistill.synthetic import SyntheticDataset
@@ -83,8 +84,12 @@ class Run:
 
     @property
     def couples_batches(self) -> bool:
-        """Whether a network in use has batch normalisation, which needs all images of a side at once."""
-        return any(map(has_batchnorm, self._networks.values()))
+        """Whether a network in use normalises by the statistics of a batch, all of which must then pass at once.
+
+        It does not while its batch normalisation is in evaluation mode, where gradient matching puts it.
+        """
+        parts = (part for network in self._networks.values() for part in network.modules())
+        return any(isinstance(part, _BatchNorm) and (part.training or part.running_mean is None) for part in parts)
 
     def network(self, spec: NetworkSpec, iteration: int, *, name: str = "network") -> nn.Module:
         """A freshly initialised network of stream ``name`` at ``iteration``, its parameters frozen.

@@ -1,8 +1,15 @@
 """What methods that match statistics of real and synthetic images have in common."""
 
+from dsdistill.matching.characteristic import match_characters
 from dsdistill.matching.classes import class_positions, class_ranges
 from dsdistill.matching.condensation import GradientCondensation, loops
-from dsdistill.matching.gradients import gradient_chunk, match_gradients, matched_weights, settle_batchnorm
+from dsdistill.matching.gradients import (
+    gradient_chunk,
+    match_gradients,
+    matched_weights,
+    refuse_unsettled,
+    settle_batchnorm,
+)
 from dsdistill.matching.means import match_means
 from dsdistill.matching.pixels import refuse_whitened, unit_step
 from dsdistill.matching.views import ClassViews
@@ -14,9 +21,11 @@ __all__ = [
     "class_ranges",
     "gradient_chunk",
     "loops",
+    "match_characters",
     "match_gradients",
     "match_means",
     "matched_weights",
+    "refuse_unsettled",
     "refuse_whitened",
     "settle_batchnorm",
     "unit_step",

@@ -4,13 +4,14 @@
         draw θ
         for t = 1 .. T:
             S ← S − η ∇_S Σ_c D( ∇_θ ℓ(A_c(T_c)),  ∇_θ ℓ(A_c(S_c)) )        one SGD step, see `match_gradients`
-            unless t = T:  train θ on S for ς epochs                        plain SGD
+            unless t = T:  train θ on S for ς epochs                        SGD
 
 The views A_c are the identity for DC and Siamese for DSA (Zhao & Bilen, arXiv 2102.08259), which also trains θ on
 random views of S. A step of the engine is one t, so a run goes on in the middle of the inner loop: θ is part of the
 state.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -23,11 +24,17 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Metrics, PerClass, Run, State, frozen
 from dsdistill.errors import BadData
 from dsdistill.labels import Labels, SoftLabels
-from dsdistill.matching.gradients import gradient_chunk, match_gradients, matched_weights, settle_batchnorm
+from dsdistill.matching.gradients import (
+    gradient_chunk,
+    match_gradients,
+    matched_weights,
+    refuse_unsettled,
+    settle_batchnorm,
+)
 from dsdistill.matching.views import ClassViews
 from dsdistill.networks import Need, NetworkSpec
 from dsdistill.objectives import GradientDistance, global_cosine, layerwise_cosine, squared_error
-from dsdistill.training import TrainingRecipe, TrainingSet, train
+from dsdistill.training import TrainingRecipe, TrainingSet, make_optimizer, train
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """Published T and ς by images per class."""
@@ -60,7 +67,7 @@ def loops(ipc: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class GradientCondensation(PerClass):
-    """What DC and DSA share: every setting, and the algorithm."""
+    """What DC and DSA share: every setting, and the algorithm, `condense`."""
 
     network_needs: ClassVar[tuple[Need, ...]] = ("second-order",)
 
@@ -77,9 +84,11 @@ class GradientCondensation(PerClass):
     lr_images: Annotated[float, Gt(0)] | None = None
     """SGD step size on standardised pixels; None: 0.1, but 0.01 where the network is "mlp"."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.5
-    """Momentum of that SGD."""
+    """Momentum of that SGD, and of that on the logits of soft labels."""
     lr_network: Annotated[float, Gt(0)] = 0.01
-    """Step size of training networks on the synthetic images, by SGD without momentum and decay."""
+    """Step size of training networks on the synthetic images, by SGD without decay."""
+    momentum_network: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Momentum of that training, which lasts as long as the network."""
     batch_size: Annotated[int, Ge(1)] = 256
     """Stored images per step of that training."""
     distance: Literal["layerwise", "squared", "cosine"] = "layerwise"
@@ -104,7 +113,8 @@ class GradientCondensation(PerClass):
         return self.iterations * self.loops[0]
 
     def check(self, source: ImageSource) -> None:
-        """Refuse a single class, whose cross-entropy has no gradient, and what `PerClass.check` refuses.
+        """Refuse a single class, whose cross-entropy has no gradient, a network whose batch normalisation cannot be
+        settled, and what `PerClass.check` refuses.
 
         Raises:
             BadData, InvalidSetting: see there.
@@ -115,6 +125,8 @@ class GradientCondensation(PerClass):
                 f"{type(self).__name__} matches gradients of a classifier, and {source.name!r} has one class: "
                 "give two or more, or use a method that matches features, such as DM"
             )
+        network = self.network.build(source.shape, source.num_classes, generator=torch.Generator(), device="cpu")
+        refuse_unsettled(f"{type(self).__name__}.network", self.network.name, network)
 
     def start(self, run: Run, job: Job) -> State:
         images, hard = self.noise(run) if self.init == "noise" else self.random_real(run)
@@ -126,16 +138,24 @@ class GradientCondensation(PerClass):
         if self.labels == "soft":
             labels = SoftLabels.from_hard(hard)
             optimizers["labels"] = torch.optim.SGD(labels.parameters(), lr=self.lr_labels, momentum=self.momentum)
-        return State(images, labels, optimizers, {"network": run.network(self.network, 0)})
+        state = State(images, labels, optimizers)
+        self._renew(run, state, 0)
+        return state
 
+    @abstractmethod
     def step(self, run: Run, state: State, iteration: int) -> Metrics:
+        """One t: `condense`."""
+
+    def condense(self, run: Run, state: State, iteration: int) -> Metrics:
+        """Update the images by the gradients of one network as it is, then train it on them unless it is done."""
         outer, epochs = self.loops
         k, t = divmod(iteration, outer)
         if t == 0:
-            state.extras["network"] = run.network(self.network, k)
+            self._renew(run, state, k)
         network = frozen(state.extras["network"])
         settle_batchnorm(run, network, iteration)
-        for optimizer in state.optimizers.values():
+        learners = [optimizer for name, optimizer in state.optimizers.items() if name != "network"]
+        for optimizer in learners:
             optimizer.zero_grad()
         loss = match_gradients(
             run,
@@ -147,32 +167,41 @@ class GradientCondensation(PerClass):
             real_batch=self.real_batch,
             views=ClassViews.drawn(self.augmentation, run, iteration),
         )
-        for optimizer in state.optimizers.values():
+        for optimizer in learners:
             optimizer.step()
         state.images.constrain()
         if t < outer - 1:
             self._train(run, state, network, epochs, iteration)
         return {"loss": loss}
 
-    def _train(self, run: Run, state: State, network: nn.Module, epochs: int, iteration: int) -> None:
-        """Train θ on the synthetic images as they are now."""
-        recipe = TrainingRecipe(
+    def _recipe(self, epochs: int) -> TrainingRecipe:
+        return TrainingRecipe(
             epochs=epochs,
             batch_size=self.batch_size,
             lr=self.lr_network,
-            momentum=0.0,
+            momentum=self.momentum_network,
             weight_decay=0.0,
             milestones=(),
             augmentation=self.augmentation,
         )
+
+    def _renew(self, run: Run, state: State, k: int) -> None:
+        """Another network. With momentum it has an optimiser of its own; without, there is nothing to keep of one."""
+        network = state.extras["network"] = run.network(self.network, k)
+        if self.momentum_network:
+            state.optimizers["network"] = make_optimizer(list(network.parameters()), self._recipe(1), run.device)
+
+    def _train(self, run: Run, state: State, network: nn.Module, epochs: int, iteration: int) -> None:
+        """Train θ on the synthetic images as they are now."""
         train(
             network.requires_grad_(True),
             stored_set(run, state),
-            recipe,
+            self._recipe(epochs),
             run.rng.within("inner", iteration),
             num_classes=run.source.num_classes,
             mirror_safe=run.source.mirror_safe,
             chunk=gradient_chunk(run),
+            optimizer=state.optimizers.get("network"),
         )
         frozen(network)
 

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsdistill.core.device import in_parts
 from dsdistill.engine import Run, State
+from dsdistill.errors import InvalidSetting
 from dsdistill.matching.classes import class_positions
 from dsdistill.matching.views import ClassViews
 from dsdistill.networks import has_batchnorm
@@ -33,7 +34,8 @@ Weights = dict[str, Tensor]
 def matched_weights(network: nn.Module, least: int = 2) -> Weights:
     """The parameters with ``least`` dimensions or more: 2 for all weights, 4 for those of 2-D convolutions.
 
-    Biases and scales of norm layers are left out either way.
+    Those of one dimension are left out either way: biases, scales and shifts of batch, instance and group norm. A layer
+    norm over (C, H, W) has three, so with 2 its scales and shifts count, as they do for DC's authors.
     """
     return {
         name: parameter.detach().requires_grad_()
@@ -68,7 +70,8 @@ def match_gradients(
         distance: D, a sum over tensors; differentiable in the second argument.
         real_batch: real images per class, without replacement; a smaller class gives all it has.
         views: shared by the real and synthetic images of a class.
-        synthetic_batch: most decoded images per class, drawn from the stream "synthetic"; None for all.
+        synthetic_batch: most decoded images per class, drawn from the stream "synthetic"; None for all. Images that
+            belong together (see `Parameterization.blocks`) are drawn together, one such group at least.
     """
     source, classes = run.source, run.classes
     sides = _Sides(run, state, network, weights, distance, views)
@@ -80,11 +83,33 @@ def match_gradients(
     for position, rows in enumerate(real):
         images, items = state.images.decode((owner == position).nonzero().flatten())
         if synthetic_batch is not None and len(items) > synthetic_batch:
-            kept = torch.randperm(len(items), generator=draws)[:synthetic_batch]
+            kept = _subset(len(items), synthetic_batch, state.images.blocks, draws)
             images, items = images.index_select(0, kept.to(images.device, non_blocking=True)), items[kept]
         images = views.show(images, torch.full((len(items),), position))
         loss = loss + sides.match(sides.real(position, rows), images, state.labels.target(items))
     return loss
+
+
+def _subset(count: int, most: int, blocks: int, generator: torch.Generator) -> Tensor:
+    """Places of at most ``most`` out of ``count`` images, the same ones of every block."""
+    size = count // blocks
+    places = torch.randperm(size, generator=generator)[: max(1, most // blocks)]
+    return (size * torch.arange(blocks)[:, None] + places).flatten()
+
+
+def refuse_unsettled(setting: str, name: str, network: nn.Module) -> None:
+    """Refuse batch normalisation without running statistics, which nothing can fix: it couples images in any mode.
+
+    Args:
+        setting: which setting chose the network, e.g. "DC.network".
+        name: what it chose.
+
+    Raises:
+        InvalidSetting: naming both, and the mend.
+    """
+    if any(isinstance(part, _BatchNorm) and part.running_mean is None for part in network.modules()):
+        allowed = "its batch normalisation keeps no running statistics to match by: set track_running_stats=True"
+        raise InvalidSetting(setting, name, allowed)
 
 
 @torch.no_grad()
@@ -93,6 +118,8 @@ def settle_batchnorm(run: Run, network: nn.Module, iteration: int, *, real_batch
 
     The running statistics take in ``real_batch`` real images of each class, drawn from the stream "batchnorm"; then
     these layers, and no others, go to evaluation mode. Synthetic batches are too small for statistics of their own.
+    They move by the layer's momentum, so those of a fresh network are, at the usual 0.1, nine tenths of where they
+    begin (mean 0, variance 1) and one tenth of the batch's.
     """
     if not has_batchnorm(network):
         return

@@ -6,23 +6,28 @@ on S itself::
     min_S  E_θ₀  Σ_t Σ_c D( ∇_θ ℓ(T_c; θ_t),  ∇_θ ℓ(S_c; θ_t) ),      θ_{t+1} = train(θ_t on S)
     D(A, B) = Σ_layers Σ_outputs ( 1 − ⟨A_i, B_i⟩ / (‖A_i‖ ‖B_i‖ + 1e-6) )
 
-ℓ is the mean cross-entropy of one class's images, A_i the weights of one output. The algorithm is in
+ℓ is the mean cross-entropy of one class's images, A_i the weights of one output; parameters of one dimension (biases,
+scales and shifts of batch, instance and group norm) do not count, those of a layer norm over (C, H, W) do. The
+algorithm is in
 `dsdistill.matching.condensation`, gradients and chunks in `dsdistill.matching.gradients`, D in
 `dsdistill.objectives.gradient`.
 
-Departures from the authors' code: exactly ``iterations`` networks, where the code takes one more and saves what it has
-not evaluated; every draw comes from the run's seed, not from the clock; gradients of biases and norm layers, which D
-leaves out, are not computed, so the two other distances, which the code takes over all tensors, are over weights as
-well; a class smaller than the real batch (or than the 16 images of the statistics of batch normalisation) gives all it
-has. Dropout, where a network has it, is off while gradients are matched. Soft labels and other forms than pixels are
-additions.
+Departures from the authors' code: networks are trained on S by SGD without momentum, as in the code since it has held
+DSA; the code released with the paper and its figures has momentum 0.5 there, kept over all t
+(``momentum_network=0.5``). Exactly ``iterations`` networks, where the code takes one more and saves what it has not
+evaluated; every draw comes from the run's seed, not from the clock; gradients of parameters of one dimension, which D
+leaves out, are not computed, so the two other distances, which the code takes over all tensors, leave them out as well;
+a class smaller than the real batch (or than the 16 images of the statistics of batch normalisation) gives all it has;
+CIFAR-100 is standardised by its own statistics, where the code took those of CIFAR-10 until 2022, published figures
+included. Dropout, where a network has it, is off while gradients are matched. Soft labels and other forms than pixels
+are additions.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsdistill.engine import Preset
+from dsdistill.engine import Metrics, Preset, Run, State
 from dsdistill.matching import GradientCondensation
 
 _PUBLISHED = {
@@ -43,3 +48,6 @@ class DC(GradientCondensation):
         for data, budgets in _PUBLISHED.items()
         for ipc in budgets
     }
+
+    def step(self, run: Run, state: State, iteration: int) -> Metrics:
+        return self.condense(run, state, iteration)

@@ -9,7 +9,7 @@ overfit the few synthetic images::
         draw θ (and pretrain it on real data, where asked)
         for t = 1 .. T:
             for each class c:  S_c ← S_c − η ∇ Σ_convolutions d( ∇_θ ℓ(A_c(T_c)), ∇_θ ℓ(A_c(decode(S_c))) )
-            train θ on some thousand real images
+            train θ on some real images (2000 of CIFAR, else 500)
 
 d is the squared or the absolute difference, A_c one view for both sides. Pixels live in [0, 1], and η belongs there:
 ``lr_images`` · (ipc / 10) · (size / ``lr_size``)², as published.
@@ -17,17 +17,22 @@ d is the squared or the absolute difference, A_c one view for both sides. Pixels
 The authors make an optimiser step per class on one tensor, so momentum carries every class on while others have their
 turn. Networks do not change meanwhile, so classes are independent, and the C turns of a pass are done as one: with
 momentum μ^C and step size η (1 − μ^C) / (1 − μ), a class is at each of its own turns where C single steps would have
-brought it.
+brought it, until pixels are clamped.
 
-Departures from the authors' code: images start as random real ones of their class, not as the first ones, made small
-by the decoder's own tile sizes (see `Tiled`); pixels are clamped at the end of each outer iteration, the last one
-included, not at the start of the next; a class smaller than the batch gives all it has; real images, to match and to
-train on, are drawn afresh for each step, the latter exactly ``trained_on``, where the code goes on through an epoch in
-whole batches; networks are not trained after the last update, which nothing sees; CIFAR-100 is standardised by its own
-statistics. Batch normalisation, if a network has it, is fixed while matching, as in DC. Networks are pretrained anew
-for each outer iteration; the pool of saved networks that the code takes for ImageNet-100 is left out.
+Departures from the authors' code: what is clamped, and saved, is each class as it would be at its own next turn, where
+the code takes all classes at one moment, so that the last gradient of its last class has counted once there, and here
+(1 − μ^C) / (1 − μ) times; pixels are clamped at the end of each outer iteration, the last one included, not at the
+start of the next; images start as random real ones of their class, not as the first ones, made small by the decoder's
+own tile sizes (see `Tiled`); a class smaller than the batch gives all it has; real images, to match and to train on,
+are drawn afresh for each step, where the code goes through epochs; networks have a mini-batch size of their own, where
+the code takes that of matching; they are not trained after the last update, which nothing sees; CIFAR-100 is
+standardised by its own statistics, not by those of CIFAR-10. Batch normalisation, if a network has it, is fixed while
+matching, as in DC; in the code it stays in training mode. Networks are pretrained anew for each outer iteration; the
+pool of saved networks that the code takes for ImageNet-100 is left out, and so is the form that bounds what ImageNet-10
+at 20 images per class decodes to while it is matched: a random ``synthetic_batch`` of all tiles is matched there.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -37,6 +42,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from dsdistill.augmentations import Augmentation, CutMix, Mix, always_flip_color_cutout
+from dsdistill.core.device import synchronize
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Metrics, PerClass, Preset, Run, Shared, State, frozen
@@ -47,6 +53,7 @@ from dsdistill.matching import (
     gradient_chunk,
     match_gradients,
     matched_weights,
+    refuse_unsettled,
     refuse_whitened,
     settle_batchnorm,
     unit_step,
@@ -62,7 +69,10 @@ _SOURCE = "misc/reproduce.py and argument.py of the authors' code"
 
 
 def _presets() -> dict[str, Preset]:
-    """f = 2 (3 on ImageNet); and one image per stored image, which the paper calls IDC-I, as the variant "f1"."""
+    """f = 2 (3 on ImageNet); and one image per stored image, which the paper calls IDC-I, as the variant "f1".
+
+    "imagenet10" is a folder of the user's own; docs/methods/idc.md says of which classes and size.
+    """
     grey = {"distance": "l1", "lr_images": 1e-4, "trained_on": 500}
     uncut = {"augmentation": always_flip_color_cutout(("color", "crop")), "mix": None}
     large = {
@@ -86,8 +96,7 @@ def _presets() -> dict[str, Preset]:
     made = {}
     for data, budgets, factor, settings in rows:
         for ipc in budgets:
-            bound = 128 if factor > 2 and ipc >= 20 else None
-            tiled = settings | {"ipc": ipc, "form": Tiled(factor=factor, bound=bound)}
+            tiled = settings | {"ipc": ipc, "form": Tiled(factor=factor)}
             # Digits lose the cutout and CutMix only where they are made small.
             plain = {name: value for name, value in tiled.items() if data != "mnist" or name not in uncut}
             made[f"{data}/ipc{ipc}"] = Preset(_SOURCE, tiled)
@@ -128,7 +137,7 @@ class IDC(PerClass):
     pretraining: Annotated[int, Ge(0)] = 0
     """Epochs on all real images before a network gives its first gradients."""
     trained_on: Annotated[int, Ge(1)] = 2000
-    """Random real images that a network is trained on between two updates."""
+    """Random real images that a network is trained on between two updates, rounded up to whole mini-batches."""
     lr_network: Annotated[float, Gt(0)] = 0.01
     """Step size of that training."""
     momentum_network: Annotated[float, Ge(0), Lt(1)] = 0.9
@@ -149,7 +158,8 @@ class IDC(PerClass):
         return self.iterations * self.inner_steps
 
     def check(self, source: ImageSource) -> None:
-        """Refuse whitened images, a network without convolutions, a single class, and what `PerClass.check` refuses.
+        """Refuse whitened images, a single class, a network without convolutions or whose batch normalisation cannot be
+        settled, and what `PerClass.check` refuses.
 
         Raises:
             BadData, InvalidSetting: see there.
@@ -163,6 +173,7 @@ class IDC(PerClass):
             raise InvalidSetting(
                 "IDC.network", self.network.name, "a network with 2-D convolutions, whose gradients are matched"
             )
+        refuse_unsettled("IDC.network", self.network.name, network)
 
     def start(self, run: Run, job: Job) -> State:
         images, labels = self.random_real(run)
@@ -199,8 +210,10 @@ class IDC(PerClass):
         state.images.constrain()
         if not last:
             draws = run.rng.at("trained_on", iteration)
-            rows = torch.randperm(len(run.source), generator=draws, device=run.device)[: self.trained_on]
-            self._train(run, state, 1, run.rng.within("training", iteration), rows)
+            whole = -(-self.trained_on // self.batch_size) * self.batch_size
+            rows = torch.randperm(len(run.source), generator=draws, device=run.device)[:whole]
+            # Part of a step: it is rehearsed in full, and a request to stop waits for the end of the step.
+            self._train(run, state, 1, run.rng.within("training", iteration), Shared(), rows)
         return {"loss": loss}
 
     def _rate(self, shape: tuple[int, int, int]) -> float:
@@ -212,13 +225,24 @@ class IDC(PerClass):
         network = state.extras["network"] = run.network(self.network, k)
         state.optimizers["network"] = make_optimizer(list(network.parameters()), self._recipe(1), run.device)
         if self.pretraining:
-            self._train(run, state, self.pretraining, run.rng.within("pretraining", k), None)
+            self._pretrain(run, state, k)
 
-    def _train(self, run: Run, state: State, epochs: int, rng: Rng, rows: Tensor | None) -> None:
-        # Part of a step: it is rehearsed in full, and a request to stop waits for the end of the step.
-        whole = replace(run, shared=Shared(), chunk=gradient_chunk(run))
+    def _pretrain(self, run: Run, state: State, k: int) -> None:
+        """Train network ``k`` on all real images. In a rehearsal a few steps of the first, which counts for all."""
+        rng, rehearsal = run.rng.within("pretraining", k), run.shared.rehearsal
+        if rehearsal is None:
+            self._train(run, state, self.pretraining, rng, Shared(), None)
+        elif k == 0:
+            synchronize(run.device)
+            begin, before = time.perf_counter(), rehearsal.seconds
+            self._train(run, state, self.pretraining, rng, Shared(rehearsal=rehearsal), None)
+            synchronize(run.device)
+            rehearsal.seconds += (self.iterations - 1) * (time.perf_counter() - begin + rehearsal.seconds - before)
+
+    def _train(self, run: Run, state: State, epochs: int, rng: Rng, shared: Shared, rows: Tensor | None) -> None:
+        run = replace(run, shared=shared, chunk=gradient_chunk(run))
         network, optimizer = state.extras["network"], state.optimizers["network"]
-        train_on_real(whole, network, self._recipe(epochs), rng, rows=rows, optimizer=optimizer)
+        train_on_real(run, network, self._recipe(epochs), rng, rows=rows, optimizer=optimizer)
 
     def _recipe(self, epochs: int) -> TrainingRecipe:
         return TrainingRecipe(

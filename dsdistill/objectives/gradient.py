@@ -23,7 +23,8 @@ def layerwise_cosine(real: Sequence[Tensor], synthetic: Sequence[Tensor]) -> Ten
     """DC's distance: one minus the cosine, for the weights of each output, summed over outputs and layers.
 
     A tensor of shape (outputs, ...) has one row for each output, with everything else flattened. Tensors of one
-    dimension (biases, scales of norm layers) do not count.
+    dimension (biases, scales of batch, instance and group norm) do not count; those of a layer norm over (C, H, W) do,
+    with one row for each channel.
 
     Args:
         real: gradients, of any shapes.

@@ -39,6 +39,15 @@ class Parameterization(Stored):
     def multiplicity(self) -> Tensor:
         """(N,), int64, on the CPU: how many images each stored item decodes to."""
 
+    @property
+    def blocks(self) -> int:
+        """`decode` gives so many blocks of equally many images, one after another.
+
+        Images at the same place of each block belong together (an image and its mirror image): who takes some, takes
+        them of every block.
+        """
+        return 1
+
     @abstractmethod
     def imitate(self, images: Tensor) -> None:
         """Set what is stored so that decoding resembles ``images`` (M, C, H, W), given in the order of `decode`.

@@ -38,6 +38,10 @@ class Mirrored(Parameterization):
     def multiplicity(self) -> Tensor:
         return 2 * self.base.multiplicity
 
+    @property
+    def blocks(self) -> int:
+        return 2 * self.base.blocks
+
     def decode(self, index: Tensor | None = None) -> Decoded:
         images, owner = self.base.decode(index)
         return Decoded(torch.cat([images, images.flip(3)]), torch.cat([owner, owner]))

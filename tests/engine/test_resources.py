@@ -20,7 +20,9 @@ from dsdistill.core import storage
 from dsdistill.core.device import is_out_of_memory
 from dsdistill.engine.run import Execution, prepared_run
 from dsdistill.errors import DistillError, Diverged, InvalidSetting, OutOfMemory, OutOfSpace
-from dsdistill.methods import DM
+from dsdistill.matching import condensation
+from dsdistill.methods import DC, DM, FYI, IDC
+from dsdistill.methods import idc as idc_module
 from dsdistill.networks import NetworkSpec
 
 TOYS = Path(__file__).parents[1] / "toys.py"
@@ -50,9 +52,10 @@ def hungry(method, **changes):
 
 @pytest.fixture(autouse=True)
 def settings_need_no_json(monkeypatch):
-    from dsdistill.engine import run
+    from dsdistill.engine import run, synthesizer
 
-    monkeypatch.setattr(run, "to_dict", lambda method: {"type": type(method).__name__})
+    for module in (run, synthesizer):
+        monkeypatch.setattr(module, "to_dict", lambda method: {"type": type(method).__name__})
 
 
 @pytest.mark.parametrize("from_step", [0, 3])
@@ -137,7 +140,7 @@ def test_a_lowered_chunk_and_its_note_survive_an_interruption(source, method, tm
     seen = []
     made = synthesize(hungry(method), source, out=tmp_path / "out", callback=seen.append)
     assert made.recipe.execution["chunk"] == 4
-    assert ["memory ran out at iteration 0" in note for note in made.recipe.notes] == [True] * 6  # 256 -> 4
+    assert ["memory ran out at iteration 0" in note for note in made.recipe.notes] == [True] * 7  # 512 -> 4
     assert not any("other conditions" in note for note in made.recipe.notes)
 
 
@@ -167,9 +170,43 @@ def test_batch_normalisation_is_not_helped_by_smaller_chunks(source, method):
             seen.append(run.chunk)
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(OutOfMemory, match="with batch normalisation all images of a side pass together"):
+    with pytest.raises(OutOfMemory, match="with batch normalisation all images of a batch pass together"):
         synthesize(Greedy(**{field.name: getattr(whole, field.name) for field in fields(whole)}), source, chunk=16)
     assert seen == [16]
+
+
+BATCHED = {"ipc": 2, "iterations": 1, "real_batch": 4, "network": NetworkSpec(width=4, depth=1, norm="batch")}
+MATCHING = {
+    "DC": DC(**BATCHED, outer_loop=2, inner_epochs=1),
+    "FYI": FYI(base=DC(**BATCHED, outer_loop=2, inner_epochs=1)),
+    "IDC": IDC(**BATCHED, inner_steps=2, trained_on=8),
+}
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_batch_normalisation_that_is_settled_is_helped_by_smaller_chunks(name, source, monkeypatch):
+    match = condensation.match_gradients
+
+    def greedy(run, *rest, **more):
+        if run.chunk > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return match(run, *rest, **more)
+
+    for module in (condensation, idc_module):
+        monkeypatch.setattr(module, "match_gradients", greedy)
+    assert synthesize(MATCHING[name], source, chunk=16).recipe.execution["chunk"] == 4
+
+
+@pytest.mark.parametrize("name", MATCHING)
+def test_training_on_batches_that_it_couples_is_not(name, source, monkeypatch):
+    def greedy(*rest, **more):
+        next(one for one in rest if isinstance(one, torch.nn.Module)).train()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(condensation, "train", greedy)
+    monkeypatch.setattr(idc_module, "train_on_real", greedy)
+    with pytest.raises(OutOfMemory, match="with batch normalisation all images of a batch pass together"):
+        synthesize(MATCHING[name], source, chunk=16)
 
 
 def test_one_image_at_a_time_is_the_end_and_the_message_says_what_to_turn(source, method):
@@ -270,7 +307,7 @@ def test_a_disk_that_fills_up_during_a_run(size, tmp_path):
 def test_an_estimate_counts_what_the_run_then_writes(source, method, tmp_path):
     method = replace(method, iterations=20)
     cost = estimate(method, source, out=tmp_path / "not" / "yet")
-    assert (cost.steps, cost.chunk, cost.device) == (20, 256, "cpu")
+    assert (cost.steps, cost.chunk, cost.device) == (20, 512, "cpu")
     assert 3 <= cost.rehearsed <= 20
     assert cost.seconds > 0
     assert cost.memory > 50 * 2**20

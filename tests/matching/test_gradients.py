@@ -88,8 +88,11 @@ def match(run, state, network, *, distance=layerwise_cosine, real_batch=4, views
     return loss, pixels.grad.clone()
 
 
-def slow(run, state, network, *, distance=layerwise_cosine, real_batch=4, views=NO_VIEWS, least=2):
+def slow(
+    run, state, network, *, distance=layerwise_cosine, real_batch=4, views=NO_VIEWS, least=2, synthetic_batch=None
+):
     """The same by the formula: image by image, every parameter, one graph for all classes."""
+    draws = run.rng.at("synthetic", 0)
     source = run.source
     index = source.per_class_indices(run.classes, real_batch, run.rng.at("real", 0))
     parameters = [parameter for parameter in network.parameters() if parameter.dim() >= least]
@@ -107,7 +110,9 @@ def slow(run, state, network, *, distance=layerwise_cosine, real_batch=4, views=
     for position, label in enumerate(run.classes):
         rows = index[source.targets[index] == label]
         real = gradients(source.gather(rows), source.targets[rows], position)
-        members = state.labels.classes[items] == label
+        members = (state.labels.classes[items] == label).nonzero().flatten()
+        if synthetic_batch is not None:
+            members = members[torch.randperm(len(members), generator=draws)[:synthetic_batch]]
         total = total + distance(real, gradients(images[members], targets[members], position, create_graph=True))
     (pixels,) = state.images.parameters()
     (slope,) = torch.autograd.grad(total, pixels)
@@ -118,7 +123,6 @@ def slow(run, state, network, *, distance=layerwise_cosine, real_batch=4, views=
 
 def check(run, state, network, **options):
     loss, slope = match(run, state, network, **options)
-    options.pop("synthetic_batch", None)
     expected, gradient = slow(run, state, network, **options)
     assert float(expected) > 1e-3
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
@@ -275,6 +279,8 @@ def test_at_most_so_many_decoded_images_at_random(chunk):
         seen |= {tuple(row) for row in moved.tolist()}
     assert len(seen) > 4
     assert torch.equal(match(run, state, network)[1], match(run, state, network, synthetic_batch=5)[1])
+    check(run, state, network, synthetic_batch=3, views=views_of(run, "crop", "cutout"))
+    check(run, state_of(run, 2, Tiled(factor=2)), network, synthetic_batch=3, views=views_of(run, "flip", "scale"))
 
 
 # Mirrored pairs ----------------------------------------------------------------------------------------------
@@ -292,6 +298,20 @@ def test_a_mirrored_image_in_place_of_an_image_changes_nothing_but_its_own_side(
     turned = [1, 4, 5]
     state.images.pixels.data[turned] = state.images.pixels.data[turned].flip(3)
     other, other_slope = match(run, mirrored(state), network)
+    torch.testing.assert_close(other, loss, rtol=1e-12, atol=0)
+    other_slope[turned] = other_slope[turned].flip(3)
+    torch.testing.assert_close(other_slope, slope, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize(("most", "kept"), [(6, 3), (5, 2), (1, 1)])
+def test_a_subset_keeps_images_and_their_mirrors_together(most, kept):
+    run = run_of(chunk=4)
+    state, network = state_of(run, 5), network_of(run)
+    loss, slope = match(run, mirrored(state), network, synthetic_batch=most)
+    assert (slope.flatten(1).abs().sum(1) > 0).view(3, 5).sum(1).tolist() == [kept] * 3
+    turned = [0, 3, 4, 6, 9, 12, 13]
+    state.images.pixels.data[turned] = state.images.pixels.data[turned].flip(3)
+    other, other_slope = match(run, mirrored(state), network, synthetic_batch=most)
     torch.testing.assert_close(other, loss, rtol=1e-12, atol=0)
     other_slope[turned] = other_slope[turned].flip(3)
     torch.testing.assert_close(other_slope, slope, rtol=1e-8, atol=1e-12)
@@ -353,6 +373,16 @@ def test_settling_takes_real_images_of_every_class_and_freezes_these_layers_alon
     torch.testing.assert_close(network[1].running_mean, maps.mean(1).detach())
     torch.testing.assert_close(network[1].running_var, maps.var(1).detach())
     assert frozen(network)[1].training
+
+
+def test_settling_a_fresh_network_goes_a_tenth_of_the_way():
+    run, network = run_of(), network_of(run_of(), BATCHED)
+    convolution, norm = network.blocks[0].conv, network.blocks[0].norm
+    settle_batchnorm(run, network, 0)
+    images = run.source.gather(run.source.per_class_indices(run.classes, 16, run.rng.at("batchnorm", 0)))
+    maps = convolution(images).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(norm.running_mean, 0.1 * maps.mean(1).detach())
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * maps.var(1).detach())
 
 
 def test_settling_does_nothing_without_batch_normalisation():

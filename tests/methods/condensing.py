@@ -1,5 +1,7 @@
 """Gradient condensation written as plain loops in float64: what DC and DSA must give, update by update."""
 
+from dataclasses import fields
+
 import torch
 from conftest import make_images
 from torch.nn.functional import cross_entropy
@@ -28,12 +30,28 @@ def start(method, run):
     return method.start(run, Job("all", run.classes))
 
 
+def settings_of(method):
+    """Every setting by its name."""
+    return {field.name: getattr(method, field.name) for field in fields(method)}
+
+
 def learned(method, run, steps=None):
     """The stored pixels after so many steps, all if None."""
     state = start(method, run)
     for iteration in range(method.steps if steps is None else steps):
         method.step(run, state, iteration)
     return state.images.pixels.detach()
+
+
+def settle(run, network, i):
+    """Batch normalisation by hand: 16 real images of each class, then these layers alone in evaluation mode."""
+    network.train()
+    norms = [part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    if norms:
+        with torch.no_grad():
+            network(run.source.gather(run.source.per_class_indices(run.classes, 16, run.rng.at("batchnorm", i))))
+    for norm in norms:
+        norm.eval()
 
 
 def slow_condensation(method, run, *, distance=layerwise_cosine, double_pairs=False):
@@ -52,8 +70,10 @@ def slow_condensation(method, run, *, distance=layerwise_cosine, double_pairs=Fa
             source.shape, source.num_classes, generator=run.rng.at("network", k), device="cpu"
         )
         parameters = list(network.parameters())
+        speeds = [torch.zeros_like(parameter) for parameter in parameters]  # of training the network
         for t in range(outer):
             i = k * outer + t
+            settle(run, network, i)
             leaf = pixels.clone().requires_grad_()
             index = source.per_class_indices(run.classes, method.real_batch, run.rng.at("real", i))
             record = None
@@ -76,11 +96,12 @@ def slow_condensation(method, run, *, distance=layerwise_cosine, double_pairs=Fa
             speed = method.momentum * speed + gradient
             pixels = pixels - (method.lr_images or 0.1) * speed
             if t < outer - 1:
-                _train(method, run, network, pixels, labels, augmentation, epochs, i, pairs)
+                _train(method, run, network, speeds, pixels, labels, augmentation, epochs, i, pairs)
     return pixels
 
 
-def _train(method, run, network, pixels, labels, augmentation, epochs, i, pairs):
+def _train(method, run, network, speeds, pixels, labels, augmentation, epochs, i, pairs):
+    network.train()
     streams = run.rng.within("inner", i)
     order, views = streams.at("order"), streams.at("views")
     for _ in range(epochs):
@@ -95,8 +116,9 @@ def _train(method, run, network, pixels, labels, augmentation, epochs, i, pairs)
             loss = cross_entropy(network(images), targets)
             gradients = torch.autograd.grad(loss, list(network.parameters()))
             with torch.no_grad():
-                for parameter, gradient in zip(network.parameters(), gradients, strict=True):
-                    parameter -= method.lr_network * gradient
+                for parameter, speed, gradient in zip(network.parameters(), speeds, gradients, strict=True):
+                    speed.mul_(method.momentum_network).add_(gradient)
+                    parameter -= method.lr_network * speed
 
 
 def _interleaved(images, targets, stored):

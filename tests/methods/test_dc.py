@@ -5,19 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_images
-from methods.condensing import double_run, learned, slow_condensation, start
+from methods.condensing import double_run, learned, settings_of, slow_condensation, start
 
 from dsdistill import synthesize
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.labels import SoftLabels
-from dsdistill.matching import condensation, loops
-from dsdistill.methods import DC, FYI
+from dsdistill.matching import GradientCondensation, condensation, loops
+from dsdistill.methods import DC, FYI, IDC
 from dsdistill.networks import NetworkSpec
 from dsdistill.networks import spec as spec_module
 from dsdistill.objectives import global_cosine, squared_error
-from dsdistill.parameterizations import Tiled
+from dsdistill.parameterizations import Plain, Tiled
 from dsdistill.testing import check_synthesizer
 
 SMOOTH = NetworkSpec(width=3, depth=2, activation="swish")
@@ -45,6 +45,17 @@ def check(method, run, expected=None):
 @pytest.mark.parametrize("init", ["noise", "real"])
 def test_a_run_is_that_of_plain_loops(init, chunk, double):
     check(replace(TINY, init=init), double_run(chunk=chunk))
+
+
+@pytest.mark.parametrize("chunk", [4, 1000])
+def test_batch_normalisation_is_settled_before_each_update_and_trains_in_between(chunk, double):
+    check(replace(TINY, network=replace(SMOOTH, norm="batch")), double_run(chunk=chunk))
+
+
+def test_momentum_of_training_networks_lasts_as_long_as_the_network(double):
+    method = replace(TINY, momentum_network=0.5)
+    check(method, double_run())
+    assert not torch.equal(learned(method, double_run()), learned(TINY, double_run()))
 
 
 @pytest.mark.parametrize(("name", "distance"), [("squared", squared_error), ("cosine", global_cosine)])
@@ -139,23 +150,40 @@ def test_step_size_by_network(name, rate, source):
     assert start(replace(method, lr_images=0.3), run).optimizers["images"].param_groups[0]["lr"] == 0.3
 
 
+PUBLISHED = {
+    "ipc": 10,
+    "form": Plain(),
+    "on_small_class": "error",
+    "iterations": 1000,
+    "outer_loop": None,
+    "inner_epochs": None,
+    "init": "noise",
+    "real_batch": 256,
+    "lr_images": None,
+    "momentum": 0.5,
+    "lr_network": 0.01,
+    "momentum_network": 0.0,
+    "batch_size": 256,
+    "distance": "layerwise",
+    "labels": "hard",
+    "lr_labels": 0.1,
+    "network": NetworkSpec("convnet"),
+    "augmentation": None,
+}
+
+
 def test_presets_are_the_published_settings():
     assert "cifar100/ipc10" in DC.presets
     assert "cifar100/ipc50" not in DC.presets
-    method = DC.preset("cifar10/ipc10")
-    assert method == DC(
-        ipc=10,
-        iterations=1000,
-        outer_loop=None,
-        inner_epochs=None,
-        init="noise",
-        real_batch=256,
-        momentum=0.5,
-        lr_network=0.01,
-        batch_size=256,
-        augmentation=None,
-    )
-    assert method.loops == (10, 50)
+    for name in DC.presets:
+        assert settings_of(DC.preset(name)) == PUBLISHED | {"ipc": int(name.rpartition("ipc")[2])}
+    assert len(DC.presets) == 4 * 3 + 2
+    assert DC.preset("cifar10/ipc10").loops == (10, 50)
+
+
+def test_what_dc_and_dsa_share_is_no_method_of_its_own():
+    with pytest.raises(TypeError, match="abstract"):
+        GradientCondensation(ipc=1)
 
 
 def test_one_class_has_no_gradient_to_match():
@@ -184,6 +212,7 @@ def test_soft_labels_are_learned_with_the_images(source):
     "changes",
     [
         {"network": NetworkSpec(width=4, depth=1, norm="batch")},
+        {"momentum_network": 0.5},
         {"labels": "soft", "form": Tiled(factor=2)},
     ],
     ids=str,
@@ -203,6 +232,17 @@ def test_networks_of_a_factory_are_resumed_as_well(monkeypatch):
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
     monkeypatch.setattr(spec_module, "_registered", {"mine": factory})
     assert len(check_synthesizer(replace(TINY, ipc=1, network=NetworkSpec("mine")))) == 9
+
+
+@pytest.mark.parametrize("method", [TINY, IDC(ipc=2)], ids=lambda one: one.title)
+def test_batch_normalisation_that_cannot_be_settled_is_refused(method, monkeypatch, source):
+    def factory(shape, classes):
+        norm = torch.nn.BatchNorm2d(4, track_running_stats=False)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), norm, torch.nn.Flatten(), torch.nn.Linear(4 * 36, classes))
+
+    monkeypatch.setattr(spec_module, "_registered", {"mine": factory})
+    with pytest.raises(InvalidSetting, match=r"DC.network = 'mine' .*track_running_stats=True"):
+        replace(method, network=NetworkSpec("mine")).check(source)
 
 
 def test_a_network_that_can_be_differentiated_once_is_refused(monkeypatch, source):

@@ -1,14 +1,15 @@
 """DSA against plain loops in float64."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from methods.condensing import double_run, learned, slow_condensation, start
+from methods.condensing import double_run, learned, settings_of, slow_condensation, start
 
-from dsdistill.augmentations import Siamese, flip_first
+from dsdistill.augmentations import Chain, Siamese, flip_first
 from dsdistill.methods import DC, DSA, FYI
 from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Plain
 
 SMOOTH = NetworkSpec(width=3, depth=2, activation="swish")
 TINY = DSA(
@@ -67,16 +68,46 @@ def test_flips_are_left_out_where_they_change_the_class():
 
 def test_it_is_dc_from_real_images_under_views():
     run = double_run()
-    settings = {field.name: getattr(TINY, field.name) for field in fields(TINY)}
-    assert torch.equal(learned(DC(**settings), run), learned(TINY, run))
-    assert (DSA().init, DSA().augmentation) == ("real", Siamese())
-    same = set(settings) - {"init", "augmentation"}
-    assert all(getattr(DC(), name) == getattr(DSA(), name) for name in same)
+    assert torch.equal(learned(DC(**settings_of(TINY)), run), learned(TINY, run))
+
+
+SIX = ("color", "crop", "cutout", "flip", "scale", "rotate")
+PUBLISHED = {
+    "ipc": 10,
+    "form": Plain(),
+    "on_small_class": "error",
+    "iterations": 1000,
+    "outer_loop": None,
+    "inner_epochs": None,
+    "init": "real",
+    "real_batch": 256,
+    "lr_images": None,
+    "momentum": 0.5,
+    "lr_network": 0.01,
+    "momentum_network": 0.0,
+    "batch_size": 256,
+    "distance": "layerwise",
+    "labels": "hard",
+    "lr_labels": 0.1,
+    "network": NetworkSpec("convnet"),
+    "augmentation": Siamese(SIX),
+}
+OTHERS = {
+    "cifar10/ipc100": {"ipc": 100, "outer_loop": 100, "inner_epochs": 2},
+    "cifar100/ipc50/fyi": {
+        "ipc": 50,
+        "outer_loop": 10,
+        "inner_epochs": 10,
+        "augmentation": Chain((Siamese(("flip",)), Siamese(("color", "crop", "cutout", "scale", "rotate")))),
+    },
+}
 
 
 def test_presets_are_the_published_settings():
-    assert DSA.preset("cifar100/ipc50") == DSA(ipc=50)
+    datasets = ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100")
+    expected = OTHERS | {f"{data}/ipc{ipc}": {"ipc": ipc} for data in datasets for ipc in (1, 10, 50)}
+    assert set(DSA.presets) == set(expected)
+    for name, changes in expected.items():
+        assert settings_of(DSA.preset(name)) == PUBLISHED | changes, name
     assert DSA.preset("cifar100/ipc50").loops == (50, 10)
-    assert DSA.preset("cifar100/ipc50/fyi").loops == (10, 10)
-    assert DSA.preset("cifar10/ipc100").loops == (100, 2)
     assert all(preset.source for preset in DSA.presets.values())

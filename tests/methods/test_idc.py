@@ -1,15 +1,16 @@
-"""IDC: steps per class against the exact batched form, plain loops, and what only this paper promises."""
+"""IDC against plain loops with an optimiser step per class, and what only this paper promises."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_images
-from methods.condensing import double_run, start
+from methods.condensing import double_run, learned, settings_of, settle, start
 from torch.nn.functional import cross_entropy
 
 from dsdistill import estimate, synthesize
-from dsdistill.augmentations import CutMix, always_flip_color_cutout
+from dsdistill.augmentations import Chain, CutMix, Siamese
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run
 from dsdistill.errors import BadData, InvalidSetting
@@ -56,29 +57,6 @@ def unit(run, images):
 # The update --------------------------------------------------------------------------------------------------
 
 
-def test_one_step_with_other_settings_is_a_step_per_class(double):
-    """At each of its own turns a class is where single steps, with zero gradients in the others' turns, bring it."""
-    classes, momentum, rate, passes = 5, 0.5, 0.3, 6
-    generator = torch.Generator().manual_seed(0)
-    gradients = torch.randn(passes, classes, 4, generator=generator)
-    sequential = torch.zeros(classes, 4, requires_grad=True)
-    alone = torch.optim.SGD([sequential], lr=rate, momentum=momentum)
-    turns = torch.zeros(passes, classes, 4)
-    for step in range(passes):
-        for c in range(classes):
-            turns[step, c] = sequential.detach()[c]
-            sequential.grad = torch.zeros(classes, 4)
-            sequential.grad[c] = gradients[step, c]
-            alone.step()
-    batched = torch.zeros(classes, 4, requires_grad=True)
-    factor = (1 - momentum**classes) / (1 - momentum)
-    together = torch.optim.SGD([batched], lr=rate * factor, momentum=momentum**classes)
-    for step in range(passes):
-        assert float((batched.detach() - turns[step]).abs().max()) < 1e-14
-        batched.grad = gradients[step].clone()
-        together.step()
-
-
 @pytest.mark.parametrize(("classes", "momentum"), [((0, 1, 2), 0.5), ((2, 0), 0.9), ((1,), 0.5), ((0, 1, 2), 0.0)])
 def test_the_optimiser_makes_the_turns_of_all_classes(classes, momentum, double):
     method = replace(TINY, momentum=momentum, lr_images=0.02, ipc=3, lr_size=16)
@@ -89,14 +67,18 @@ def test_the_optimiser_makes_the_turns_of_all_classes(classes, momentum, double)
 
 
 def slow_idc(method, run, distance):
-    """[0, 1] pixels after all iterations: an optimiser step per class, a clamp per network, all in plain loops."""
+    """An optimiser step per class, a clamp per network, all in plain loops.
+
+    Returns [0, 1] pixels after all iterations, and as they were at each class's turn of each pass.
+    """
     source, state = run.source, start(method, run)
-    pixels, labels, speed = unit(run, state.images.pixels), state.labels.classes, None
+    pixels, labels = unit(run, state.images.pixels), state.labels.classes
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1) for values in (source.normalization.mean, source.normalization.std)
     )
+    views = method.augmentation.suited(source.mirror_safe)
     rate = method.lr_images * method.ipc / 10 * 64 / method.lr_size**2
-    speed = torch.zeros_like(pixels)
+    speed, turns = torch.zeros_like(pixels), []
     for k in range(method.iterations):
         network = method.network.build(source.shape, 3, generator=run.rng.at("network", k), device="cpu")
         optimizer = torch.optim.SGD(
@@ -105,52 +87,120 @@ def slow_idc(method, run, distance):
             momentum=method.momentum_network,
             weight_decay=method.weight_decay,
         )
+        every = torch.arange(len(source))
+        _train(method, source, network, optimizer, every, method.pretraining, run.rng.within("pretraining", k))
         convolutions = [parameter for parameter in network.parameters() if parameter.dim() == 4]
         for t in range(method.inner_steps):
             i = k * method.inner_steps + t
+            settle(run, network, i)
             index = source.per_class_indices(run.classes, method.real_batch, run.rng.at("real", i))
-            for label in run.classes:
-                leaf = pixels.clone().requires_grad_()
-                state.images.pixels.data.copy_((leaf.detach() - mean) / std)
-                items = (labels == label).nonzero().flatten()
-                images, owner = state.images.decode(items)
+            record = views.sample(len(run.classes), source.shape, run.rng.at("views", i))
+            draws = run.rng.at("synthetic", i)
+            for position, label in enumerate(run.classes):
+                turns.append(pixels)
+                state.images.pixels.data.copy_((pixels - mean) / std)
+                images, owner = state.images.decode((labels == label).nonzero().flatten())
+                if len(images) > method.synthetic_batch:
+                    kept = torch.randperm(len(images), generator=draws)[: method.synthetic_batch]
+                    images, owner = images[kept], owner[kept]
                 rows = index[source.targets[index] == label]
-                real = torch.autograd.grad(
-                    cross_entropy(network(source.gather(rows)), source.targets[rows]), convolutions
-                )
-                made = torch.autograd.grad(
-                    cross_entropy(network(images), labels[owner]), convolutions, create_graph=True
-                )
-                (slope,) = torch.autograd.grad(distance(real, made), state.images.pixels)
+                gradients = []
+                for shown, targets in ((source.gather(rows), source.targets[rows]), (images, labels[owner])):
+                    logits = network(views.apply(shown, record, [position] * len(shown)))
+                    loss = cross_entropy(logits, targets)
+                    gradients.append(torch.autograd.grad(loss, convolutions, create_graph=True))
+                real = [gradient.detach() for gradient in gradients[0]]
+                (slope,) = torch.autograd.grad(distance(real, gradients[1]), state.images.pixels)
                 speed = method.momentum * speed + slope / std
                 pixels = pixels - rate * speed
             if t == method.inner_steps - 1:
                 pixels = pixels.clamp(0, 1)
                 break
-            rows = torch.randperm(len(source), generator=run.rng.at("trained_on", i))[: method.trained_on]
-            order = run.rng.within("training", i).at("order")
-            for places in torch.split(torch.randperm(len(rows), generator=order), method.batch_size):
-                chosen = rows[places]
-                optimizer.zero_grad()
-                cross_entropy(network(source.gather(chosen)), source.targets[chosen]).backward()
-                optimizer.step()
-    return pixels
+            count = math.ceil(method.trained_on / method.batch_size) * method.batch_size
+            rows = torch.randperm(len(source), generator=run.rng.at("trained_on", i))[:count]
+            _train(method, source, network, optimizer, rows, 1, run.rng.within("training", i))
+    return pixels, turns
 
 
-@pytest.mark.parametrize("form", [Plain(), Tiled(factor=2)], ids=["f1", "f2"])
+def _train(method, source, network, optimizer, rows, epochs, streams):
+    network.train()
+    augmentation = method.network_augmentation.suited(source.mirror_safe)
+    order, views, mixes = (streams.at(name) for name in ("order", "views", "mix"))
+    for _ in range(epochs):
+        for places in torch.split(torch.randperm(len(rows), generator=order), method.batch_size):
+            images, targets = source.gather(rows[places]), source.targets[rows[places]]
+            record = augmentation.sample(len(images), source.shape, views, per="image")
+            images = augmentation.apply(images, record)
+            mix = method.mix.sample(len(images), source.shape, mixes)
+            if mix.share < 1:
+                images, targets = method.mix.apply(images, mix), method.mix.targets(targets, mix, 3)
+            optimizer.zero_grad()
+            cross_entropy(network(images), targets).backward()
+            optimizer.step()
+
+
+WHOLE = replace(
+    TINY,
+    synthetic_batch=3,
+    lr_images=0.2,
+    augmentation=IDC().augmentation,
+    network_augmentation=IDC().network_augmentation,
+    mix=CutMix(probability=0.5),
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"form": Plain(), "ipc": 5, "pretraining": 2},
+        {"form": Tiled(factor=2)},
+        {"form": Tiled(factor=2), "network": replace(SMOOTH, norm="batch")},
+    ],
+    ids=["f1", "f2", "batch"],
+)
 @pytest.mark.parametrize(("name", "distance"), [("squared", squared_error), ("l1", absolute_error)])
-def test_a_pass_is_that_of_plain_loops(name, distance, form, double):
-    """One class, so that its momentum is at rest when the pixels are compared."""
-    run = double_run(classes=(1,), chunk=8)
-    method = replace(TINY, distance=name, form=form, lr_images=0.2)
+def test_a_run_is_that_of_plain_loops(name, distance, changes, double):
+    """One class, so that its momentum is at rest when the pixels are clamped."""
+    run, method = double_run(classes=(1,), chunk=4), replace(WHOLE, distance=name, **changes)
     state = start(method, run)
     before = unit(run, state.images.pixels)
-    expected = slow_idc(method, run, distance)
+    expected, _ = slow_idc(method, run, distance)
     for iteration in range(method.steps):
         method.step(run, state, iteration)
     found = unit(run, state.images.pixels)
     assert float((found - before).abs().max()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [(0, 1, 2), (2, 0)])
+def test_each_class_is_at_its_own_turns_where_steps_per_class_bring_it(classes, double):
+    run, method = double_run(classes=classes), replace(WHOLE, iterations=1, inner_steps=5)
+    state = start(method, run)
+    _, turns = slow_idc(method, run, squared_error)
+    assert len(turns) == 5 * len(classes)
+    for iteration in range(method.steps):
+        found = unit(run, state.images.pixels)
+        for position, label in enumerate(classes):
+            own = state.labels.classes == label
+            expected = turns[iteration * len(classes) + position][own]
+            torch.testing.assert_close(found[own], expected, rtol=1e-7, atol=1e-9)
+        method.step(run, state, iteration)
+    assert float((turns[-1] - turns[0]).abs().flatten(1).amax(1).min()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("augmentation", None),
+        ("network_augmentation", None),
+        ("mix", None),
+        ("synthetic_batch", 9),
+        ("momentum", 0.0),
+    ],
+)
+def test_every_part_of_the_comparison_has_a_part_in_the_pixels(name, value, double):
+    method = replace(WHOLE, form=Tiled(factor=2), iterations=1)
+    assert not torch.equal(learned(replace(method, **{name: value}), double_run()), learned(method, double_run()))
 
 
 def test_pixels_are_clamped_when_a_network_is_done(double):
@@ -184,7 +234,7 @@ def test_networks_are_trained_on_random_real_images_between_updates(source, monk
     assert [epochs for epochs, _, _ in seen] == [4, 1, 1] * 2
     assert [rows is None for _, rows, _ in seen] == [True, False, False] * 2
     batches = [rows for _, rows, _ in seen if rows is not None]
-    assert all(len(set(rows)) == 10 for rows in batches)
+    assert all(len(set(rows)) == 12 for rows in batches)  # 10 in whole batches of 4
     assert len(set(batches)) == 4
     assert any(max(rows) > 24 for rows in batches)  # all classes, not the first images
     optimizers = [optimizer for _, _, optimizer in seen]
@@ -197,6 +247,31 @@ def test_a_rehearsal_makes_every_step_in_full(source, monkeypatch):
     estimate(replace(TINY, iterations=1), source, device="cpu")
     assert steps
     assert not any(steps)
+
+
+def test_no_more_real_images_are_trained_on_than_there_are(source, monkeypatch):
+    seen = []
+    monkeypatch.setattr(idc_module, "train_on_real", lambda *_, rows, **rest: seen.append(len(rows)))
+    synthesize(replace(TINY, iterations=1, trained_on=35, batch_size=8), source, device="cpu")
+    assert seen == [36, 36]
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["alone", "wrapped"])
+def test_an_estimate_counts_the_pretraining_of_every_network(wrap, source, monkeypatch):
+    """The first network's is rehearsed, and takes 100 seconds by its own account."""
+    pretrained = []
+
+    def noted(run, network, recipe, rng, *, rows, optimizer):
+        if rows is None:
+            pretrained.append(recipe.epochs)
+            run.shared.rehearsal.seconds += 100
+
+    monkeypatch.setattr(idc_module, "train_on_real", noted)
+    method = replace(TINY, form=Plain(), iterations=5, inner_steps=2, pretraining=4)
+    cost = estimate(FYI(base=method) if wrap else method, source, device="cpu")
+    assert cost.rehearsed == 10  # several networks, of which the first alone is pretrained
+    assert pretrained == [4] * 3
+    assert 500 < cost.seconds < 600
 
 
 @pytest.mark.parametrize(
@@ -241,18 +316,62 @@ def test_images_start_as_tiles_of_distinct_random_real_ones():
 # Settings ----------------------------------------------------------------------------------------------------
 
 
+PUBLISHED = {
+    "ipc": 10,
+    "form": Tiled(factor=2, bound=None),
+    "on_small_class": "error",
+    "iterations": 2000,
+    "inner_steps": 100,
+    "real_batch": 64,
+    "synthetic_batch": 128,
+    "lr_images": 5e-3,
+    "lr_size": 32,
+    "momentum": 0.5,
+    "distance": "squared",
+    "network": NetworkSpec("convnet"),
+    "pretraining": 0,
+    "trained_on": 2000,
+    "lr_network": 0.01,
+    "momentum_network": 0.9,
+    "weight_decay": 5e-4,
+    "batch_size": 64,
+    "mix": CutMix(probability=0.5, alpha=1.0),
+    "network_augmentation": Chain((Siamese(("color",)), Siamese(("crop",)))),
+    "augmentation": Chain((Siamese(("color",)), Siamese(("crop",)), Siamese(("cutout",)))),
+}
+GREY = {"distance": "l1", "lr_images": 1e-4, "trained_on": 500}
+DIGITS = GREY | {"lr_size": 28}
+UNCUT = {"augmentation": Chain((Siamese(("color",)), Siamese(("crop",)))), "mix": None}
+LARGE = {
+    "distance": "l1",
+    "lr_images": 3e-3,
+    "lr_size": 224,
+    "trained_on": 500,
+    "iterations": 500,
+    "pretraining": 10,
+    "mix": CutMix(probability=1.0, alpha=1.0),
+    "network": NetworkSpec("resnet_ap10"),
+}
+PLAIN, COARSE = {"form": Plain()}, {"form": Tiled(factor=3, bound=None)}
+BY_DATA = {  # budgets, and what differs at f > 1 and at f = 1
+    "cifar10": ((1, 10, 50), {}, PLAIN),
+    "cifar100": ((10, 20), {}, PLAIN),
+    "svhn": ((1, 10, 50), {"trained_on": 500}, {"trained_on": 500} | PLAIN),
+    "mnist": ((1, 10, 50), DIGITS | UNCUT, DIGITS | PLAIN),
+    "fashion_mnist": ((1, 10, 50), GREY, GREY | PLAIN),
+    "imagenet10": ((10, 20), LARGE | COARSE, LARGE | PLAIN),
+}
+
+
 def test_presets_are_the_published_settings():
-    assert IDC.preset("cifar10/ipc10") == IDC(ipc=10)
-    assert IDC.preset("cifar10/ipc10/f1") == IDC(ipc=10, form=Plain())
-    small = IDC.preset("mnist/ipc1")
-    assert (small.distance, small.lr_images, small.lr_size, small.trained_on, small.mix) == ("l1", 1e-4, 28, 500, None)
-    assert small.augmentation == always_flip_color_cutout(("color", "crop"))
-    plain = IDC.preset("mnist/ipc1/f1")
-    assert (plain.mix, plain.augmentation) == (CutMix(probability=0.5), IDC().augmentation)
-    assert IDC.preset("fashion_mnist/ipc10").lr_size == 32
-    large = IDC.preset("imagenet10/ipc20")
-    assert large.form == Tiled(factor=3, bound=128)
-    assert (large.pretraining, large.iterations, large.network.name) == (10, 500, "resnet_ap10")
+    assert settings_of(IDC()) == PUBLISHED
+    expected = {}
+    for data, (budgets, tiled, plain) in BY_DATA.items():
+        for ipc in budgets:
+            expected[f"{data}/ipc{ipc}"] = PUBLISHED | {"ipc": ipc} | tiled
+            expected[f"{data}/ipc{ipc}/f1"] = PUBLISHED | {"ipc": ipc} | plain
+    assert {name: settings_of(IDC.preset(name)) for name in IDC.presets} == expected
+    assert IDC.preset("imagenet10/ipc20").form.images_per_class(20) == 180  # as the authors score it
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,14 @@ def test_images_come_with_their_mirrors(base, index):
     assert made.owner.tolist() == plain.owner.tolist() * 2
 
 
+@pytest.mark.parametrize("base", [pixels(), tiles()], ids=["pixels", "tiles"])
+def test_an_image_and_its_mirror_are_at_the_same_place_of_two_blocks(base):
+    made = Mirrored(base)
+    assert (base.blocks, made.blocks) == (1, 2)
+    images, mirrors = made.decode().images.chunk(made.blocks)
+    assert torch.equal(mirrors, images.flip(3))
+
+
 def test_a_pair_shares_one_stored_image():
     base = pixels()
     made = Mirrored(base)
