@@ -99,8 +99,8 @@ def flip_first(ops: Sequence[str] = OPS, **strengths: float) -> Chain:
 def always_flip_color_cutout(ops: Sequence[str] = ("color", "crop", "cutout"), **strengths: float) -> Chain:
     """IDC's and NCFM's augmentation: of those listed, mirror every second time, color, one of the rest, cutout.
 
-    Their sets are matched with the default strategy, and networks trained with all operations, less "cutout" beside
-    `CutMix`.
+    Their sets are matched with the default strategy, by networks that are trained with it, less "cutout" beside
+    `CutMix`. Networks that learn from the sets are trained with all operations, again less "cutout" beside `CutMix`.
 
     Args:
         ops: the strategy; operations of `Siamese`, in any order.

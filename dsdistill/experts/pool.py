@@ -3,6 +3,7 @@
 NCFM (Wang et al., arXiv 2502.20653) looks at images with networks between the two: w = l·w_initial + (1 − l)·w_final.
 """
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
@@ -10,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from dsdistill.core.config import to_dict
+from dsdistill.core.storage import sha256
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts.training import train_on_real
@@ -22,9 +25,9 @@ _pools: "WeakKeyDictionary[Shared, dict[tuple[NetworkSpec, TrainingRecipe, int],
 class Pool:
     """``size`` networks of one make, their weights resident on the run's device as flat vectors.
 
-    Network i is named "pool/i" among what the jobs of the run share, so an interrupted pool goes on where it was. It
-    has streams of its own, so it does not depend on how many others there are. In a rehearsal one is trained, a little,
-    and the others are counted.
+    Network i is kept as `member_name` says among what the jobs of the run share, so an interrupted pool goes on where
+    it was. It has streams of its own, so it does not depend on how many others there are. In a rehearsal one is
+    trained, a little, and the others are counted.
 
     The modules that `mix` and `final` return are two, refilled at each call, `frozen` as `dsdistill.engine` says.
 
@@ -44,7 +47,8 @@ class Pool:
     """
 
     def __init__(self, run: Run, spec: NetworkSpec, recipe: TrainingRecipe, size: int) -> None:
-        self._mixed, self._final = (run.network(spec, 0, name=f"pool/{name}") for name in ("mixed", "final"))
+        name = pool_name(spec, recipe)
+        self._mixed, self._final = (run.network(spec, 0, name=f"{name}/{use}") for use in ("mixed", "final"))
         self._weights = [
             (kept["initial"].to(run.device), kept["final"].to(run.device)) for kept in _made(run, spec, recipe, size)
         ]
@@ -64,13 +68,27 @@ class Pool:
         return len(self._weights)
 
     def mix(self, index: int, share: float) -> nn.Module:
-        """Network ``index`` with weights share·initial + (1 − share)·final, buffers of norm layers included."""
+        """Network ``index`` with weights share·initial + (1 − share)·final.
+
+        Running statistics of batch norms are mixed alike, but in training mode nothing reads them.
+        """
         initial, final = self._weights[index]
         return _fill(self._mixed, torch.lerp(final, initial, share))
 
     def final(self, index: int) -> nn.Module:
         """Network ``index`` as it was after training."""
         return _fill(self._final, self._weights[index][1])
+
+
+def pool_name(spec: NetworkSpec, recipe: TrainingRecipe) -> str:
+    """Of a pool's streams and of what is kept: two pools in one run must not be mixed up."""
+    settings = json.dumps(to_dict([spec, recipe]), sort_keys=True)
+    return f"pool-{sha256(settings.encode())[:16]}"
+
+
+def member_name(spec: NetworkSpec, recipe: TrainingRecipe, index: int) -> str:
+    """Under which `Shared` keeps the weights of network ``index`` before and after training, "initial" and "final"."""
+    return f"{pool_name(spec, recipe)}/{index}"
 
 
 def _made(run: Run, spec: NetworkSpec, recipe: TrainingRecipe, size: int) -> list[Mapping[str, Tensor]]:
@@ -88,7 +106,7 @@ def _member(run: Run, spec: NetworkSpec, recipe: TrainingRecipe, index: int) -> 
     """Weights of network ``index`` before and after training: found, or made."""
 
     def make() -> dict[str, Tensor]:
-        rng, source = run.rng.scoped("").within("pool", index), run.source  # no job's own
+        rng, source = run.rng.scoped("").within(pool_name(spec, recipe), index), run.source  # no job's own
         network = spec.build(source.shape, source.num_classes, generator=rng.at("network"), device=run.device)
         initial = _flat(network)
         train_on_real(run, network, recipe, rng)
@@ -97,7 +115,7 @@ def _member(run: Run, spec: NetworkSpec, recipe: TrainingRecipe, index: int) -> 
             raise InvalidSetting("lr", recipe.lr, f"network {index} of the pool diverged in training: lower it")
         return {"initial": initial, "final": final}
 
-    return run.shared.get(f"pool/{index}", make)
+    return run.shared.get(member_name(spec, recipe, index), make)
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

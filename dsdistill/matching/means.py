@@ -39,6 +39,7 @@ def match_means(
     real_batch: int,
     views: ClassViews,
     couples: bool,
+    unsplit: int | None = None,
 ) -> Tensor:
     """The loss, detached; its gradient is added to that of the stored images.
 
@@ -48,12 +49,14 @@ def match_means(
         distance: d, differentiable in the second argument.
         real_batch: real images per class, without replacement; a smaller class gives all it has.
         views: shared by the real and synthetic images of a class.
-        couples: the signal of an image depends on the others that pass with it.
+        couples: the signal of an image depends on the others that pass with it, so each side passes whole.
+        unsplit: chunks up to which a class passes as one; None for what is fast on the device.
     """
     sides = _Sides(run, state, signal, views, class_positions(run, state))
     target = sides.real_means(iteration, real_batch, couples)
     sizes = sides.sizes()
-    unsplit = _UNSPLIT if run.device.type == "cpu" else 1
+    if unsplit is None:
+        unsplit = _UNSPLIT if run.device.type == "cpu" else 1
     loss = torch.zeros((), device=run.device)
     for part in class_ranges(sizes, int(sizes.sum()) if couples else run.chunk):
         # The loss is a sum over classes, so its gradient may be taken range by range.

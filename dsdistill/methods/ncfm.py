@@ -10,18 +10,23 @@ Learns pixels S such that features of a synthetic class and of the real one have
 shared by the real and synthetic images of a class; the second sum ("calibration") has views of its own. A stored image
 holds factor² smaller ones. Pixels are updated, and kept, in [0, 1].
 
-Departures from the authors' code:
+Departures from the authors' code (de92fb8); docs/methods/ncfm.md says more of them:
 
-- Each step draws its real images at random; the code always takes the first 1024 of a class.
+- Each step draws its real images at random, and so do the tiles that images start as; the code always takes the first
+  of a class, 1024 in a step.
 - One update of all images in a step, for both sums and all classes; the code makes two for each class, in each of which
-  AdamW also moves the images of all other classes by their old moments. docs/methods/ncfm.md tells what that means for
-  step sizes.
+  AdamW also moves the images of all other classes by their old moments.
 - All classes of a step share their frequencies; the code draws anew for each. What is expected is the same.
 - No weight decay of pixels (5e-4 in the code), which pulls them to black.
 - Gradients are those of the present pixels; the code decodes images ahead, in a thread.
+- ψ learns. In the code it stands still: the slope of −loss is added to that of the loss, which was not cleared. Here it
+  makes one step of plain ascent in each iteration, by the slope that the same backward pass finds; the code means one
+  for each class, with momentum 0.5.
 - ψ turns a noise vector into each frequency ("network"), or into the standard deviations of 16 normal ones ("mixture",
-  as in the paper), for features of any length; the code has 4 distinct vectors, repeated, of length 2048. It makes one
-  step of ascent, by the slope that the same backward pass finds, at a constant step size.
+  as in the paper), for features of any length; the code has 64 frequencies of 4 distinct values, of length 2048.
+- The step size of the images is halved at a plateau, with or without ψ; the code halves it twice with ψ.
+  Losses are looked at 20 steps at a time.
+- Batch norms, where a network has them, see all classes of a side at once; the code passes class by class.
 - For α = β the distance is computed as √α |Φ − Φ̃|, which it equals, without a floor.
 - Exactly ``iterations`` updates are made; the last one is clamped and saved.
 """
@@ -42,9 +47,8 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Metrics, PerClass, Preset, Run, State
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts import Pool
-from dsdistill.matching import ClassViews, class_positions, match_means, refuse_whitened, unit_step
-from dsdistill.networks import Need, NetworkSpec, embed, has_batchnorm, reinitialize_
-from dsdistill.objectives import characteristic_distance, characters
+from dsdistill.matching import ClassViews, class_positions, match_characters, refuse_whitened, unit_step
+from dsdistill.networks import Need, NetworkSpec, has_batchnorm, reinitialize_
 from dsdistill.parameterizations import Form, Tiled
 from dsdistill.training import TrainingRecipe
 
@@ -54,16 +58,15 @@ PRETRAINING = TrainingRecipe(
     lr=0.01,
     milestones=(2 / 3, 5 / 6),
     gamma=0.2,
-    augmentation=always_flip_color_cutout(("color", "crop", "flip", "scale", "rotate")),  # CutMix takes cutout's place
+    augmentation=always_flip_color_cutout(("color", "crop")),  # CutMix takes cutout's place
     mix=CutMix(probability=0.5),
 )
 _PER_SCALE = 16  # frequencies that share the scales of one component of the mixture
 _READ = 20  # steps between two looks at their losses, each of which waits for the device
-_ROWS = 256  # images whose product with the frequencies is fast on a CPU
 
 _CODE = "config/ of the authors' code, de92fb8, less its weight decay"
-_LEARNED = "config/sampling_net/ of the authors' code, de92fb8; 1,024 frequencies: section 5.1 of the paper"
-_PAPER = "sections 4.2.2 and 5.1 of the paper; all else from config/ of the authors' code"
+_LEARNED = f"our combination: 1,024 frequencies from section 5.1 of the paper; layers of ψ and all else from {_CODE}"
+_PAPER = f"sections 4.2.2 and 5.1 of the paper; all else from {_CODE}"
 _CELLS = [
     *((data, ipc) for data in ("cifar10", "cifar100", "tiny_imagenet") for ipc in (1, 10, 50)),
     *((f"imagenet_{name}", ipc) for name in ("nette", "woof", "fruit", "meow", "squawk", "yellow") for ipc in (1, 10)),
@@ -211,21 +214,18 @@ class NCFM(PerClass):
 
     def _match(self, run: Run, state: State, iteration: int, network: nn.Module, frequencies: Tensor) -> Tensor:
         """The distance of characteristic functions; its gradient goes to the images, and uphill to ψ."""
-        learned = frequencies.requires_grad
-        sizes, leaf = run.source.sizes_per_class(run.classes, self.real_batch), frequencies.detach()
-        look = _Look(network, leaf.requires_grad_(learned), sizes, run.chunk, (self.alpha, self.beta))
-        loss = match_means(
-            replace(run, chunk=max(run.chunk, min(_ROWS, _ROWS // 16 * run.chunk))),
+        loss, slope = match_characters(
+            run,
             state,
             iteration,
-            signal=look.signal,
-            distance=look.distance,
+            network=network,
+            frequencies=frequencies,
+            weights=(self.alpha, self.beta),
             real_batch=self.real_batch,
             views=ClassViews.drawn(self.augmentation, run, iteration),
-            couples=has_batchnorm(network),
         )
-        if learned:
-            frequencies.backward(-look.slope_in_frequencies())  # type: ignore[no-untyped-call]
+        if slope is not None:
+            frequencies.backward(-slope)  # type: ignore[no-untyped-call]
             state.optimizers["psi"].step()
         return loss
 
@@ -257,56 +257,6 @@ class NCFM(PerClass):
         if (iteration + 1) % _READ == 0:
             for value in losses.tolist():
                 state.extras["plateau"].step(value)
-
-
-class _Look:
-    """What `match_means` needs to know of a step, and the slope of its loss in the frequencies, if they want one.
-
-    `match_means` shows the real images first, class after class, and differentiates nothing of them. Their features are
-    kept, so that what the loss says of the frequencies through them costs no second look.
-
-    Args:
-        sizes: numbers of real images of each class.
-        chunk: images that pass the network at a time, where it does not couple them.
-        weights: α and β.
-    """
-
-    def __init__(
-        self, network: nn.Module, frequencies: Tensor, sizes: list[int], chunk: int, weights: tuple[float, float]
-    ) -> None:
-        self._network, self._frequencies, self._sizes, self._weights = network, frequencies, sizes, weights
-        self._chunk = None if has_batchnorm(network) else chunk
-        self._to_keep = sum(sizes) if frequencies.requires_grad else 0
-        self._real: list[Tensor] = []
-        self._slopes: list[Tensor] = []
-
-    def signal(self, images: Tensor) -> Tensor:
-        """Images (M, C, H, W) -> (M, 2n)."""
-        parts = torch.split(images, self._chunk or len(images))
-        features = F.normalize(torch.cat([embed(self._network, part) for part in parts]))
-        if self._to_keep:
-            self._real.append(features)
-            self._to_keep -= len(features)
-        return characters(features, self._frequencies)
-
-    def distance(self, real: Tensor, synthetic: Tensor) -> Tensor:
-        """Means (K, 2n) of consecutive classes -> scalar."""
-        if self._frequencies.requires_grad:
-            leaf = real.detach().requires_grad_()
-            value = characteristic_distance(leaf, synthetic.detach(), *self._weights)
-            self._slopes += torch.autograd.grad(value, leaf)
-        return characteristic_distance(real, synthetic, *self._weights)
-
-    def slope_in_frequencies(self) -> Tensor:
-        """(n, D), once the loss has been differentiated in the images."""
-        counts, slopes = torch.tensor(self._sizes), torch.cat(self._slopes)
-        slopes = slopes / counts.to(slopes)[:, None]
-        owners = torch.split(torch.arange(len(counts)).repeat_interleave(counts), [len(part) for part in self._real])
-        for features, owner in zip(self._real, owners, strict=True):
-            seen = characters(features, self._frequencies) * slopes[owner.to(slopes.device, non_blocking=True)]
-            seen.sum().backward()  # type: ignore[no-untyped-call]
-        assert self._frequencies.grad is not None
-        return self._frequencies.grad
 
 
 def sampling_network(width: int, generator: torch.Generator) -> nn.Sequential:

@@ -39,8 +39,8 @@ def _centres(features: Tensor, count: int, seed: int) -> Tensor:
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     rows: Any = features.detach().cpu().numpy()
-    # Several threads add their sums in the order in which they finish, which changes the last bits.
-    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
+    # Several threads, those of BLAS included, add in an order of their own, which changes the last bits.
+    with threadpool_limits(limits=1), warnings.catch_warnings():
         # Fewer different rows than clusters: the centres that are left over take their next nearest rows.
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = KMeans(count, n_init=1, random_state=seed).fit(rows)

@@ -2,6 +2,7 @@ import copy
 import gc
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ BRIEF = TrainingRecipe(epochs=2, batch_size=9, lr=0.05)
 
 def by_hand(run, spec, index):
     """Network ``index`` of the pool before and after its training."""
-    rng, source = run.rng.within("pool", index), run.source
+    rng, source = run.rng.within(module.pool_name(spec, BRIEF), index), run.source
     network = spec.build(source.shape, source.num_classes, generator=rng.at("network"), device=CPU)
     before = copy.deepcopy(network)
     train_on_real(run, network, BRIEF, rng)
@@ -101,6 +102,32 @@ def test_a_run_has_one_pool(source, trainings):
     assert len(trainings) == 6
 
 
+@pytest.mark.parametrize(
+    ("spec", "recipe"),
+    [(replace(SMALL, activation="swish"), BRIEF), (SMALL, replace(BRIEF, lr=0.04))],
+    ids=["network", "recipe"],
+)
+def test_pools_of_one_shape_do_not_share_their_networks(spec, recipe, source, tmp_path):
+    run = replace(run_of(source), shared=Shared(tmp_path))
+    first, second = Pool.of(run, SMALL, BRIEF, 2), Pool.of(run, spec, recipe, 2)
+    alone = Pool(run_of(source), spec, recipe, 2)
+    weights = parameter_digest(first.final(0))
+    for index in range(2):
+        assert parameter_digest(second.final(index)) == parameter_digest(alone.final(index))
+    assert parameter_digest(first._final) == weights  # which a step may still look at
+    assert weights not in [parameter_digest(second.final(index)) for index in range(2)]
+    assert len(list(tmp_path.iterdir())) == 4
+    one, other = (floats(pool.mix(0, 1.0)) for pool in (first, second))
+    assert not torch.equal(one["classifier.weight"], other["classifier.weight"])  # streams of their own
+
+
+def test_pools_of_different_size_share_networks(source, trainings):
+    run = run_of(source)
+    Pool.of(run, SMALL, BRIEF, 1)
+    Pool.of(run, SMALL, BRIEF, 3)
+    assert trainings == ["0", "1", "2"]
+
+
 def test_a_pool_ends_with_its_run(source, trainings):
     gc.collect()
     before = len(module._pools)
@@ -128,7 +155,8 @@ def test_an_interrupted_pool_goes_on_where_it_was(source, tmp_path, monkeypatch)
         if attempt == 0:
             with pytest.raises(KeyboardInterrupt):
                 Pool(run, SMALL, BRIEF, 3)
-            assert [path.name for path in Path(tmp_path / "shared").iterdir()] == ["pool%2F0"]
+            kept = [unquote(path.name) for path in Path(tmp_path / "shared").iterdir()]
+            assert kept == [module.member_name(SMALL, BRIEF, 0)]
         else:
             pool = Pool(run, SMALL, BRIEF, 3)
     assert made == ["0", "1", "1", "2"]

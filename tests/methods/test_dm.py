@@ -145,22 +145,19 @@ def test_any_network_without_batch_statistics_will_do(spec, source):
 
 def test_the_loss_is_a_sum_over_coordinates_and_classes(source):
     """Halving the classes halves nothing else: the loss of a pair of classes is the sum of the losses of each."""
-    losses = []
+    method = replace(PLAIN, real_batch=12)  # all there are, so that no job draws others
+    everything, losses, gradients = start(method, run_of(source)), [], []
     for classes in ((0,), (2,), (0, 2)):
         run = run_of(source, classes=classes)
-        state = start(PLAIN, run_of(source))
-        leaves = [state.images.pixels.detach()[state.labels.classes == c].double() for c in classes]
-        reals = real_batch(PLAIN, run_of(source), 0)
-        network = network_of(PLAIN, run, 0)
-        losses.append(
-            sum(
-                float((network.embed(reals[c]).mean(0) - network.embed(leaf).mean(0)).square().sum().detach())
-                for c, leaf in zip(classes, leaves, strict=True)
-            )
-        )
-    assert losses[2] == pytest.approx(losses[0] + losses[1])
-    whole = PLAIN.step(run_of(source), start(PLAIN, run_of(source)), 0)["loss"]
-    assert float(whole) > losses[2]
+        state = start(method, run)
+        mine = torch.isin(everything.labels.classes, torch.tensor(classes))
+        state.images.pixels.data.copy_(everything.images.pixels.data[mine])
+        losses.append(float(method.step(run, state, 0)["loss"]))
+        gradients.append(state.images.pixels.grad)
+    assert min(losses) > 1e-3
+    assert losses[2] == pytest.approx(losses[0] + losses[1], rel=1e-5)
+    scale = float(gradients[2].abs().max())
+    torch.testing.assert_close(gradients[2], torch.cat(gradients[:2]), rtol=1e-3, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("classes", [(0,), (2, 0), (1, 2)])
@@ -340,6 +337,16 @@ def test_ranges_of_classes_fill_a_chunk_and_never_split_a_class(budget, chunk, r
 def test_batch_normalisation_sees_each_side_whole(augmentation, chunk, source):
     method = replace(PLAIN, network=BATCHED, augmentation=augmentation)
     check_step(method, run_of(source, chunk=chunk), together=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_batch_normalisation_with_classes_of_different_size(chunk, source):
+    uneven = source.subset([*range(2), *range(12, 13), *range(24, 36)])
+    method = replace(PLAIN, network=BATCHED, ipc=5, on_small_class="cap", augmentation=Siamese())
+    run = run_of(uneven, chunk=chunk)
+    assert method.random_real(run)[1].classes.tolist() == [0, 0, 1, 2, 2, 2, 2, 2]
+    assert [len(images) for images in real_batch(method, run, 0)] == [2, 1, 4]
+    check_step(method, run, together=True)
 
 
 def test_batch_statistics_of_single_classes_would_be_something_else(source):

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from methods.condensing import DoubleSource
 from methods.stepping import begin, real_images, run_of
 from torch.nn import functional as F
 
 from dsdistill import synthesize
-from dsdistill.augmentations import always_flip_color_cutout
-from dsdistill.data import whiten
+from dsdistill.augmentations import CutMix, always_flip_color_cutout
+from dsdistill.data import ImageSource, whiten
 from dsdistill.errors import BadData, InvalidSetting, UnknownName
 from dsdistill.experts import Pool
+from dsdistill.matching import characteristic
 from dsdistill.methods import NCFM
 from dsdistill.methods import ncfm as module
 from dsdistill.networks import NetworkSpec
@@ -158,8 +160,7 @@ def test_amplitude_and_phase_have_weights(weights, source):
 
 @pytest.mark.parametrize("method", [VIEWED, TILED, LEARNED], ids=["viewed", "tiled", "ψ"])
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_chunks_change_nothing(method, chunk, source, monkeypatch):
-    monkeypatch.setattr(module, "_ROWS", 1)  # otherwise a class of so few images is never split
+def test_chunks_change_nothing(method, chunk, source):
     check_step(replace(method, ipc=6, on_small_class="duplicate"), run_of(source, chunk=chunk))
 
 
@@ -208,38 +209,115 @@ def test_the_mixture_gives_sixteen_frequencies_the_same_scales(source):
     assert float((scales[0] - scales[16]).abs().max()) > 0.01
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.7, 0.3)], ids=str)
+def test_the_real_batch_itself_is_at_no_distance(weights, copies, source, double):
+    alpha, beta = weights
+    method = replace(VIEWED, ipc=4 * copies, calibration=0.0, alpha=alpha, beta=beta)
+    run = run_of(DoubleSource("toy", source.classes, source.images, source.targets))
+    state = begin(method, run)
+    batch = torch.cat([images.repeat(copies, 1, 1, 1) for images in real_images(method, run, 5)])
+    state.images.pixels.data.copy_(batch)
+    assert float(method.step(run, state, 5)["loss"]) / 3 <= 300 * 1e-6  # of each class: the floor of the root, if any
+    if copies == 1:
+        assert float(state.images.pixels.grad.abs().max()) < 1e-6
+    else:
+        assert float(method.step(run, state, 6)["loss"]) > 1  # of other real images
+
+
+@pytest.mark.parametrize("method", [LEARNED, MIXED], ids=["network", "mixture"])
+def test_the_sampling_network_moves_uphill(method, source):
+    run = run_of(source)
+    method = replace(method, lr_sampling=1e-5)
+    state = begin(method, run)
+    images = state.images.pixels.detach().double()
+    before, calm = psi_of(state), [images[state.labels.classes == label] for label in run.classes]
+    method.step(run, state, 0)
+    low, high = (float(slow_losses(method, run, calm, 0, psi)[0].detach()) for psi in (before, psi_of(state)))
+    assert high > low * 1.001
+
+
 # Real images, networks ---------------------------------------------------------------------------------------
 
 
-def test_real_images_are_not_always_the_first_of_their_class(source):
+def test_a_step_draws_its_real_images_from_all_of_their_class(source, monkeypatch):
     run = run_of(source)
-    seen = set()
-    for iteration in range(12):
-        seen |= set(run.source.per_class_indices((0,), 4, run.rng.at("real", iteration)).tolist())
-    assert seen == set(range(12))
-    first, second = (begin(PLAIN, run) for _ in range(2))
-    PLAIN.step(run, first, 0)
-    PLAIN.step(run, second, 1)
-    assert not torch.equal(first.images.pixels, second.images.pixels)
+    PLAIN.prepare(run)
+    state, taken, ever, gather = begin(PLAIN, run), [], set(), ImageSource.gather
+    monkeypatch.setattr(ImageSource, "gather", lambda self, rows: taken.extend(rows.tolist()) or gather(self, rows))
+    for iteration in range(20):
+        taken.clear()
+        PLAIN.step(run, state, iteration)
+        assert source.targets[taken].bincount().tolist() == [4, 4, 4]
+        assert len(set(taken)) == 12
+        ever |= set(taken)
+    assert ever == set(range(36))
 
 
-def test_networks_of_the_pool_are_drawn_uniformly_and_mixed_at_random(source):
-    run = run_of(source)
-    draws = [drawn(replace(PLAIN, networks=4), run, iteration) for iteration in range(400)]
-    counts = torch.tensor([which for which, _ in draws]).bincount(minlength=4)
-    shares = torch.tensor([share for _, share in draws])
+def test_networks_of_the_pool_are_drawn_uniformly_and_mixed_at_random(source, monkeypatch):
+    method, run = replace(PLAIN, networks=4, calibration=0.0), run_of(source)
+    state, mix, final = begin(method, run), Pool.mix, Pool.final
+    method.prepare(run)
+    mixed, trained = [], []
+    monkeypatch.setattr(Pool, "mix", lambda self, *draw: mixed.append(draw) or mix(self, *draw))
+    monkeypatch.setattr(Pool, "final", lambda self, which: trained.append(which) or final(self, which))
+    monkeypatch.setattr(module, "match_characters", lambda *_, **__: (torch.zeros(()), None))
+    for iteration in range(400):
+        method.step(run, state, iteration)
+    assert trained == [which for which, _ in mixed]
+    counts = torch.tensor(trained).bincount(minlength=4)
+    shares = torch.tensor([share for _, share in mixed])
+    assert len(counts) == 4
     assert int(counts.min()) > 60
     assert abs(float(shares.mean()) - 0.5) < 0.06
     assert float(shares.min()) < 0.05 < 0.95 < float(shares.max())
 
 
+def watch_embed(monkeypatch, note):
+    """Call ``note`` with the images of every pass through a network that looks at them."""
+    embed = characteristic.embed
+    monkeypatch.setattr(characteristic, "embed", lambda network, images: note(images) or embed(network, images))
+
+
 def test_no_more_images_pass_the_network_than_a_chunk(source, monkeypatch):
-    sizes, embed = [], module.embed
-    monkeypatch.setattr(module, "embed", lambda network, images: sizes.append(len(images)) or embed(network, images))
+    sizes = []
+    watch_embed(monkeypatch, lambda images: sizes.append(len(images)))
     run = run_of(source, chunk=3)
     LEARNED.step(run, begin(LEARNED, run), 0)
     assert max(sizes) == 3
     assert sum(sizes) == 12 + 6  # each image once: frequencies learn of the real ones without a second look
+
+
+@pytest.mark.parametrize(
+    ("usual", "chunk", "held"),
+    [(2, 2, 32), (2, 60, 60), (8, 8, 100), (8, 4, 4), (1, 1, 1)],
+)
+def test_a_graph_holds_several_chunks_and_one_where_it_is_smaller_than_usual(usual, chunk, held, source, monkeypatch):
+    """So a chunk halved when memory ran out helps. A class is 100 images."""
+    monkeypatch.setattr(characteristic, "default_chunk", lambda shape, device: usual)
+    held_now, most, backward = [0], [0], torch.Tensor.backward
+
+    def note(images):
+        held_now[0] += len(images) * images.requires_grad
+        most[0] = max(most[0], held_now[0])
+
+    def freed(tensor, *rest):
+        backward(tensor, *rest)
+        held_now[0] = 0
+
+    watch_embed(monkeypatch, note)
+    monkeypatch.setattr(torch.Tensor, "backward", freed)
+    method = replace(PLAIN, ipc=100, on_small_class="duplicate", calibration=0.0)
+    run = run_of(source, chunk=chunk)
+    method.step(run, begin(method, run), 0)
+    assert most == [held]
 
 
 def test_the_pool_is_trained_before_the_first_step_and_once(source, monkeypatch):
@@ -383,6 +461,9 @@ def test_defaults_and_presets_are_the_published_settings():
     assert (method.calibration, method.patience, method.form) == (1.0, 500, Tiled(factor=2))
     rates = [method.pretraining.learning_rate(epoch) for epoch in (0, 39, 40, 49, 50, 59)]
     assert rates == pytest.approx([0.01, 0.01, 0.002, 0.002, 0.0004, 0.0004])
+    assert method.pretraining.augmentation == always_flip_color_cutout(("color", "crop"))
+    assert [stage.ops for stage in method.pretraining.augmentation.stages] == [("color",), ("crop",)]
+    assert method.pretraining.mix == CutMix(probability=0.5)
     assert NCFM.preset("cifar10/ipc10") == NCFM(ipc=10)
     assert NCFM.preset("cifar100/ipc10") == NCFM(ipc=10, optimizer="sgd", lr_images=0.01, momentum=0.5)
     assert NCFM.preset("imagenet_nette/ipc1").pretraining.epochs == 80

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
 from dsdistill.selection import RULES, herding_indices, k_center_indices, k_means, k_means_indices
@@ -98,6 +100,21 @@ def test_k_means_draws_from_the_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert len(made) > 1
     assert tuple(k_means_indices(points, 10, seeded(0)).tolist()) in made
+
+
+def test_k_means_runs_in_one_thread_that_of_blas_included(monkeypatch):
+    fit, threads = KMeans.fit, []
+
+    def noted(self, rows):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return fit(self, rows)
+
+    monkeypatch.setattr(KMeans, "fit", noted)
+    with threadpool_limits(limits=2):
+        assert {pool["user_api"] for pool in threadpool_info() if pool["num_threads"] == 2} == {"blas", "openmp"}
+        k_means_indices(rows(20), 3, seeded())
+        assert 2 in [pool["num_threads"] for pool in threadpool_info()]
+    assert set(threads) == {1}
 
 
 @pytest.mark.parametrize("rule", RULES)
