@@ -33,7 +33,7 @@ def _show(config: Namespace) -> Any:
     from dsdistill.core.config import describe, to_dict
     from dsdistill.methods import get_method
 
-    cls = get_method(config.method)
+    cls = get_method(config.method.rpartition("+")[2])  # of "FYI+DM", what has settings and presets
     settings = describe(cls)
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     needs = f"Of its network it needs: {', '.join(cls.network_needs)}" if cls.network_needs else ""
@@ -45,7 +45,7 @@ def _show(config: Namespace) -> Any:
     if cls.presets:
         first = next(iter(cls.presets))
         lines += ["", f"Presets, as --preset {first} or dd.methods.{cls.__name__}.preset({first!r}):"]
-        lines += _preset_lines(cls.presets)
+        lines += _preset_lines(cls.presets, {field.name: field.default for field in settings})
     say(config, "\n".join(lines))
     return {
         "name": cls.__name__,
@@ -68,12 +68,20 @@ def _show(config: Namespace) -> Any:
     }
 
 
-def _preset_lines(presets: "Mapping[str, Preset]") -> list[str]:
+def _changes(key: str, value: Any, default: Any) -> str:
+    """A setting of a preset; of one that has settings itself, those that differ from the default's."""
+    if type(value) is not type(default) or not is_dataclass(value) or isinstance(value, type):
+        return f"{key}={_brief(value)}"
+    inner = [(field.name, getattr(value, field.name), getattr(default, field.name)) for field in fields(value)]
+    return ", ".join(_changes(f"{key}.{name}", new, old) for name, new, old in inner if new != old)
+
+
+def _preset_lines(presets: "Mapping[str, Preset]", defaults: "Mapping[str, Any]") -> list[str]:
     """What each preset sets, below where that was published."""
     width = max(map(len, presets))
     by_source: dict[str, list[str]] = {}
     for name, (source, changes) in presets.items():
-        told = ", ".join(f"{key}={_brief(value)}" for key, value in changes.items()) or "the defaults"
+        told = ", ".join(_changes(key, value, defaults.get(key)) for key, value in changes.items()) or "the defaults"
         by_source.setdefault(source, []).append(f"    {name.ljust(width)}  {told}")
     return [line for source, lines in by_source.items() for line in (f"  from {source}", *lines)]
 

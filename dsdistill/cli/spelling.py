@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 
 _NETWORK = re.compile(r"--(\w+\.)*network")
 _PARAMETERIZATION = re.compile(r"(--method(?:\.\w+)*)\.parameterization((?:\.\w+)*)")
@@ -17,9 +18,11 @@ def as_parsed(arguments: Sequence[str]) -> list[str]:
 
     ``--network NAME`` names a network, wherever it is a setting; ``--load.image_size 24,40`` or ``24x40`` gives height
     and width; ``--classes cat,dog`` (``--mean``, ``--std``) lists values; ``--method FYI+DM`` wraps one method in
-    another; ``--method.parameterization tiles`` (``pixels``) is what papers call ``--method.form Tiled`` (``Plain``).
+    another, whose settings may then be written ``--method.ipc``; ``--method.parameterization tiles`` (``pixels``) is
+    what papers call ``--method.form Tiled`` (``Plain``).
     """
     written: list[str] = []
+    arguments = _within(arguments)
     option = ""  # whose value comes next
     for argument in arguments:
         if argument.startswith("--"):
@@ -36,6 +39,28 @@ def as_parsed(arguments: Sequence[str]) -> list[str]:
         else:
             written.append(argument)
     return written
+
+
+def _within(arguments: Sequence[str]) -> list[str]:
+    """After ``--method FYI+DM``, settings that DM has and FYI lacks are those of DM."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    values = [b if a == "--method" else a.partition("=")[2] for a, b in pairs if a.partition("=")[0] == "--method"]
+    if not values or "+" not in values[-1]:
+        return list(arguments)
+    from dsdistill.methods import get_method, is_method
+
+    if not is_method(values[-1]):
+        return list(arguments)
+    *wrappers, innermost = values[-1].split("+")
+    routed = {field.name for field in fields(get_method(innermost))} | {"parameterization"}
+    routed -= {field.name for wrapper in wrappers for field in fields(get_method(wrapper))}
+    inner = f"--method{'.base' * len(wrappers)}."
+    return [
+        inner + argument.removeprefix("--method.")
+        if argument.startswith("--method.") and re.split(r"[.=]", argument)[1] in routed
+        else argument
+        for argument in arguments
+    ]
 
 
 def reread(arguments: Sequence[str]) -> list[str]:

@@ -42,7 +42,9 @@ class Shared:
         """
         if name not in self._kept:
             found = self._read(name)
-            if found is None:
+            if found is not None:
+                logger.info("%s is there already", name)
+            else:
                 self.give_way()
                 found = make()
                 self._write(name, found)

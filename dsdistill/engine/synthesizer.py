@@ -221,6 +221,11 @@ class PerClass(Synthesizer):
     on_small_class: Literal["error", "cap", "duplicate"] = "error"
     """What to do with a class that has too few real images to start from: refuse, take fewer, or repeat images."""
 
+    @property
+    def starts_from_real(self) -> bool:
+        """Whether the images start from real ones, of which a class must then have enough."""
+        return True
+
     def check(self, source: ImageSource) -> None:
         """Refuse a source with a class smaller than its start needs, unless ``on_small_class`` says otherwise.
 
@@ -232,12 +237,12 @@ class PerClass(Synthesizer):
         self.form.build([1], source.shape)
         need = self.form.images_per_class(self.ipc)
         small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < need]
-        if small and self.on_small_class == "error":
-            purpose = (
-                f"ipc={self.ipc}" if need == self.ipc else f"the {need} that ipc={self.ipc} starts from in this form"
-            )
+        if small and self.on_small_class == "error" and self.starts_from_real:
+            purpose = f"ipc={self.ipc} images"
+            if need != self.ipc:
+                purpose = f"the {need} images from which ipc={self.ipc} starts in this form"
             raise BadData(
-                f"{len(small)} classes of {source.name!r} have fewer than {purpose} images: "
+                f"{len(small)} classes of {source.name!r} have fewer than {purpose}: "
                 f"{', '.join(small[:5])}; lower ipc, or set on_small_class to 'cap' (fewer images) "
                 "or 'duplicate' (repeated images)"
             )

@@ -208,10 +208,9 @@ class Workspace:
             raise BadArtifact(record, f"is no record of a run ({error!r}); --overwrite starts afresh") from error
         changes = differences(_identity(earlier), _identity(self.recipe))
         if changes:
-            listing = "\n  ".join(changes)
             raise OutputConflict(
                 self.folder,
-                f"holds another run. Differences (there -> asked for):\n  {listing}\n"
+                f"holds another run. {_told(earlier, self.recipe, changes)}\n"
                 "Choose another output folder, or --overwrite to replace it",
             )
         now = dict(self.recipe.execution)
@@ -224,6 +223,14 @@ class Workspace:
             logger.warning("%s is %s", self.folder, note)
             earlier = replace(earlier, notes=tuple(dict.fromkeys((*earlier.notes, note))), execution=now)
         self.recipe = earlier
+
+
+def _told(earlier: Recipe, now: Recipe, changes: list[str]) -> str:
+    """In one line where method or data are others, else setting by setting."""
+    there, asked = ((recipe.title, recipe.source.get("name")) for recipe in (earlier, now))
+    if there != asked:
+        return f"There: {there[0]} on {there[1]!r}; asked for: {asked[0]} on {asked[1]!r}."
+    return "Differences (there -> asked for):\n  " + "\n  ".join(changes)
 
 
 def differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:

@@ -1,6 +1,7 @@
 """An image folder of 8-bit PNG files, as every program reads it."""
 
 import io
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,24 @@ from torch import Tensor
 
 from dsdistill.core import storage
 from dsdistill.exchange.report import Export, eight_bits
+from dsdistill.labels import HardLabels
 
 if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
 
+logger = logging.getLogger("dsdistill")
 _LONGEST = 200  # bytes of a folder name; file systems allow 255
 
 
 def write_image_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
     """``path/CLASS/000000.png``: clipped to [0, 1], rounded to 8 bits, numbered in the order of the set."""
     pixels, report = eight_bits(synthetic, path)
+    if not isinstance(synthetic.labels, HardLabels):
+        logger.warning(
+            "%s: a folder of pictures has no place for learned labels: each image lies under the class it was made "
+            "for; npz, pt and parquet keep them",
+            path,
+        )
     names = class_folders(synthetic.classes)
     with storage.new_folder(path) as folder:
         for name in names:

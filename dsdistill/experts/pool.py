@@ -4,6 +4,7 @@ NCFM (Wang et al., arXiv 2502.20653) looks at images with networks between the t
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from weakref import WeakKeyDictionary
@@ -19,6 +20,7 @@ from dsdistill.experts.training import train_on_real
 from dsdistill.networks import NetworkSpec, embed
 from dsdistill.training import TrainingRecipe
 
+logger = logging.getLogger("dsdistill")
 _pools: "WeakKeyDictionary[Shared, dict[tuple[NetworkSpec, TrainingRecipe, int], Pool]]" = WeakKeyDictionary()
 
 
@@ -109,6 +111,7 @@ def _member(run: Run, spec: NetworkSpec, recipe: TrainingRecipe, index: int) -> 
         rng, source = run.rng.scoped("").within(pool_name(spec, recipe), index), run.source  # no job's own
         network = spec.build(source.shape, source.num_classes, generator=rng.at("network"), device=run.device)
         initial = _flat(network)
+        logger.info("training network %d of the pool on the real images, %d epochs", index + 1, recipe.epochs)
         train_on_real(run, network, recipe, rng)
         final = _flat(network)
         if not bool(torch.isfinite(final).all()):

@@ -112,6 +112,10 @@ class GradientCondensation(PerClass):
     def steps(self) -> int:
         return self.iterations * self.loops[0]
 
+    @property
+    def starts_from_real(self) -> bool:
+        return self.init == "real"
+
     def check(self, source: ImageSource) -> None:
         """Refuse a single class, whose cross-entropy has no gradient, a network whose batch normalisation cannot be
         settled, and what `PerClass.check` refuses.

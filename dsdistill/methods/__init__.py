@@ -65,23 +65,26 @@ def get_method(name: str) -> type[Synthesizer]:
 def create_method(name: str, **settings: Any) -> Synthesizer:
     """A method with settings: ``create_method("DM", ipc=1)``.
 
-    "FYI+DM" is a method wrapped by another; settings go to the innermost, ``create_method("FYI+DM", ipc=1)``.
+    "FYI+DM" is a method wrapped by another; settings go to the innermost, ``create_method("FYI+DM", ipc=1)``, and those
+    that only the wrapper has (``store``) to the wrapper.
 
     Raises:
         UnknownName: no such method, or no such setting.
         InvalidSetting: a value has the wrong type or is out of range, or one without default is missing.
     """
     *wrappers, innermost = name.split("+")
-    cls = get_method(innermost)
+    cls, outers = get_method(innermost), [get_method(wrapper) for wrapper in wrappers]
+    inner = {field.name for field in fields(cls)}
+    taken = [{field.name for field in fields(outer)} - inner - {"base"} for outer in outers]
+    around = [{key: settings.pop(key) for key in sorted(names & settings.keys())} for names in taken]
     check_names(cls, settings)
     if "base" not in settings and any(field.name == "base" for field in fields(cls)):
         raise InvalidSetting(f"{cls.__name__}.base", None, f"name the method to wrap: {cls.__name__}+DM")
     check_complete(cls, settings)
     method = cls(**settings)
-    for wrapper in reversed(wrappers):
-        outer = get_method(wrapper)
+    for outer, own in zip(reversed(outers), reversed(around), strict=True):
         check_names(outer, ["base"])
-        method = outer(base=method)  # type: ignore[call-arg]  # it has that field
+        method = outer(base=method, **own)  # type: ignore[call-arg]  # it has that field
     return method
 
 

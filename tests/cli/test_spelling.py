@@ -57,3 +57,12 @@ def test_short_forms_are_written_out_and_nothing_else_is(written, read):
 )
 def test_values_of_nested_settings_are_read_as_they_were_written(written, read):
     assert reread([written]) == [read]
+
+
+def test_settings_of_a_wrapped_method_may_be_written_as_its_own():
+    line = ["--method", "FYI+DM", "--method.ipc", "2", "--method.store", "pairs", "--method.network.width=8"]
+    assert as_parsed(line) == [
+        *("--method", "FYI", "--method.base", "DM"),
+        *("--method.base.ipc", "2", "--method.store", "pairs", "--method.base.network.width=8"),
+    ]
+    assert as_parsed(["--method=DM", "--method.ipc=2"]) == ["--method=DM", "--method.ipc=2"]

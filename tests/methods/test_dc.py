@@ -266,3 +266,10 @@ def test_a_network_that_can_be_differentiated_once_is_refused(monkeypatch, sourc
     monkeypatch.setattr(spec_module, "_registered", {"once": Network})
     with pytest.raises(InvalidSetting, match="second-order"):
         synthesize(replace(TINY, network=NetworkSpec("once")), source, device="cpu")
+
+
+def test_noise_needs_no_real_images_to_start_from(source):
+    few = source.subset([0, *range(12, 36)])
+    DC(ipc=5).check(few)
+    with pytest.raises(BadData, match="fewer than ipc=5 images"):
+        DC(ipc=5, init="real").check(few)

@@ -125,6 +125,7 @@ def test_it_is_made_by_name_and_survives_json():
     made = dd.create_method("fyi+dm", ipc=3)
     assert made == FYI(base=DM(ipc=3))
     assert made.title == "FYI+DM"
+    assert dd.create_method("FYI+DM", ipc=3, store="pairs") == replace(made, store="pairs")
     assert made.with_ipc(7) == FYI(base=DM(ipc=7))
     assert made.ipc == 3
     assert from_dict(FYI, json.loads(json.dumps(to_dict(made)))) == made
