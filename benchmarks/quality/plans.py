@@ -8,6 +8,7 @@ from dsdistill.engine import Synthesizer
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
 from dsdistill.methods import DC, DM, DSA, FYI, IDC, NCFM, DataDAM, Herding, KCenter, KMeans, RandomReal
 from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Plain
 from dsdistill.selection import Extractor
 from dsdistill.training import TrainingRecipe
 
@@ -53,7 +54,15 @@ def _digits(ipc: int) -> dict[str, Synthesizer]:
         "DSA": {"iterations": 60, "real_batch": 64, "outer_loop": 3, "inner_epochs": 5},
         "DM": {"iterations": 300, "real_batch": 64},
         "DataDAM": {"iterations": 300, "real_batch": 64},
-        "IDC": {"iterations": 10, "inner_steps": 20, "trained_on": 256},
+        # Tiles of 4 x 4 pixels show no digit; the step size is for images of this size.
+        "IDC": {
+            "form": Plain(),
+            "iterations": 10,
+            "inner_steps": 20,
+            "trained_on": 256,
+            "lr_size": 8,
+            "lr_images": 0.05,
+        },
         "NCFM": {
             "iterations": 400,
             "real_batch": 128,
