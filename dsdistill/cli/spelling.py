@@ -43,7 +43,7 @@ def as_parsed(arguments: Sequence[str]) -> list[str]:
 
 def _within(arguments: Sequence[str]) -> list[str]:
     """After ``--method FYI+DM``, settings that DM has and FYI lacks are those of DM."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments, ""][1:], strict=True)
     values = [b if a == "--method" else a.partition("=")[2] for a, b in pairs if a.partition("=")[0] == "--method"]
     if not values or "+" not in values[-1]:
         return list(arguments)

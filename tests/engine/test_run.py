@@ -162,7 +162,7 @@ def test_a_half_written_checkpoint_is_ignored(source, method, tmp_path):
     ("change", "difference"),
     [
         (lambda method, source: (replace(method, ipc=1), source, 0), r"method\.ipc: 2 -> 1"),
-        (lambda method, source: (RandomReal(), source, 0), r"method\.type: 'DM' -> 'RandomReal'"),
+        (lambda method, source: (RandomReal(), source, 0), r"There: DM on 'toy'; asked for: RandomReal on 'toy'"),
         (lambda method, source: (method, source, 1), r"seed: 0 -> 1"),
         (lambda method, source: (method, source.subset(range(1, 36)), 0), r"source\.fingerprint"),
     ],

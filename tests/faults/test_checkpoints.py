@@ -221,7 +221,7 @@ def test_other_threads_and_versions_are_stated(cut, source, method, tmp_path, mo
 
 
 def test_a_checkpoint_of_another_method_is_not_reached(cut, source, method, tmp_path):
-    with pytest.raises(OSError, match=r"method\.type: 'DM' -> 'Wander'"):
+    with pytest.raises(OSError, match=r"There: DM on 'toy'; asked for: Wander on 'toy'"):
         synthesize(Wander(), source, out=tmp_path)
     with pytest.raises(OSError, match=r"method\.lr_images: 1\.0 -> 2\.0"):
         synthesize(replace(method, lr_images=2), source, out=tmp_path)

@@ -45,7 +45,7 @@ def test_a_line_tells_everything_and_a_second_call_does_nothing(grid, tmp_path, 
     row = result.rows[0]
     assert (row["method"], row["ipc"], row["seed"], row["status"]) == ("DM", 1, 0, "done")
     assert row["settings"]["iterations"] == 2
-    assert row["protocol"] == "dc (changed: network, epochs)"
+    assert row["protocol"] == "dc (changed: epochs, network)"
     assert len(row["accuracies"]) == len(row["baselines"]["random"]) == len(row["gain"]) == 2
     assert row["gain"][1] == row["accuracies"][1] - row["baselines"]["random"][1]
     assert row["bytes"] == {"images": 3 * 192 * 4, "labels": 12, "learned": 0, "total": 2316, "random": 2316}
