@@ -11,7 +11,9 @@ plain containers, `describe` lists the fields for humans.
 """
 
 import dataclasses
+import hashlib
 import inspect
+import json
 import operator
 import typing
 from collections.abc import Mapping
@@ -112,6 +114,11 @@ def to_dict(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a setting of type {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def settings_digest(value: Any) -> str:
+    """16 hexadecimal digits that tell settings (or containers of them) apart; the same in every process."""
+    return hashlib.sha256(json.dumps(to_dict(value), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:

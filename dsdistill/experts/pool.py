@@ -3,7 +3,6 @@
 NCFM (Wang et al., arXiv 2502.20653) looks at images with networks between the two: w = l·w_initial + (1 − l)·w_final.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -12,8 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dsdistill.core.config import to_dict
-from dsdistill.core.storage import sha256
+from dsdistill.core.config import settings_digest
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts.training import train_on_real
@@ -84,8 +82,7 @@ class Pool:
 
 def pool_name(spec: NetworkSpec, recipe: TrainingRecipe) -> str:
     """Of a pool's streams and of what is kept: two pools in one run must not be mixed up."""
-    settings = json.dumps(to_dict([spec, recipe]), sort_keys=True)
-    return f"pool-{sha256(settings.encode())[:16]}"
+    return f"pool-{settings_digest([spec, recipe])}"
 
 
 def member_name(spec: NetworkSpec, recipe: TrainingRecipe, index: int) -> str:

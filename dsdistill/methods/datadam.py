@@ -47,20 +47,13 @@ _BUDGETS = {
 }
 
 
-def _paper(data: str, ipc: int) -> dict[str, Any]:
-    weight = 0.02 if data.startswith("imagenet_") else 0.01
-    return {"ipc": ipc, "lr_images": 10.0 if ipc > 50 else 1.0, "feature_weight": weight}
+def _paper(data: str) -> dict[str, Any]:
+    return {"feature_weight": 0.02} if data.startswith("imagenet_") else {}
 
 
-def _code(data: str, ipc: int) -> dict[str, Any]:
-    depth = 6 if data.startswith("imagenet_") else None
-    return {
-        "ipc": ipc,
-        "power": 1.0,
-        "iterations": 20_000,
-        "real_batch": 64,
-        "network": NetworkSpec(norm="batch", depth=depth),
-    }
+def _code(data: str = "") -> dict[str, Any]:
+    network = NetworkSpec(norm="batch", depth=6 if data.startswith("imagenet_") else None)
+    return {"power": 1.0, "iterations": 20_000, "real_batch": 64, "network": network}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +66,14 @@ class DataDAM(PerClass):
     network_needs: ClassVar[tuple[Need, ...]] = ("features", "maps")
     presets: ClassVar[Mapping[str, Preset]] = {
         "paper": Preset(_PAPER, {}),
-        "repo": Preset(_CODE, _code("", 10)),
+        "repo": Preset(_CODE, _code()),
     } | {
         name: preset
         for data, budgets in _BUDGETS.items()
         for ipc in budgets
         for name, preset in (
-            (f"{data}/ipc{ipc}", Preset(_PAPER, _paper(data, ipc))),
-            (f"{data}/ipc{ipc}/repo", Preset(_CODE, _code(data, ipc))),
+            (f"{data}/ipc{ipc}", Preset(_PAPER, {"ipc": ipc, **_paper(data)})),
+            (f"{data}/ipc{ipc}/repo", Preset(_CODE, {"ipc": ipc, **_code(data)})),
         )
     }
 
@@ -97,7 +90,7 @@ class DataDAM(PerClass):
     scale: Annotated[float, Gt(0)] = 100.0
     """γ, factor of the whole loss."""
     lr_images: Annotated[float, Gt(0)] = 1.0
-    """SGD step size on standardised pixels."""
+    """SGD step size on standardised pixels; the paper takes 10 above 50 images per class."""
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.5
     """Momentum of that SGD."""
     init: Literal["real", "kcenter", "kmeans", "herding"] = "real"

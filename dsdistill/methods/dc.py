@@ -8,8 +8,7 @@ on S itself::
 
 ℓ is the mean cross-entropy of one class's images, A_i the weights of one output; parameters of one dimension (biases,
 scales and shifts of batch, instance and group norm) do not count, those of a layer norm over (C, H, W) do. The
-algorithm is in
-`dsdistill.matching.condensation`, gradients and chunks in `dsdistill.matching.gradients`, D in
+algorithm is in `dsdistill.matching.condensation`, gradients and chunks in `dsdistill.matching.gradients`, D in
 `dsdistill.objectives.gradient`.
 
 Departures from the authors' code: networks are trained on S by SGD without momentum, as in the code since it has held

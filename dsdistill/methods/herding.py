@@ -13,24 +13,15 @@ storage order. iCaRL scales every feature to length 1; tables of distillation do
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsdistill.data import ImageSource
-from dsdistill.engine import Job, PerClass, Run, State
-from dsdistill.selection import Extractor, choose
+from dsdistill.selection import Rule, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class Herding(PerClass):
+class Herding(Selection):
     """Real images whose mean feature follows that of their class; nothing is learned but the features."""
 
     paper: ClassVar[str] = "Welling, Herding Dynamical Weights to Learn, ICML 2009; as in iCaRL, arXiv 1611.07725"
 
-    extractor: Extractor = Extractor()
-    """Network whose features are averaged, and how it is trained."""
-
-    def check(self, source: ImageSource) -> None:
-        super().check(source)
-        self.extractor.check(source)
-
-    def start(self, run: Run, job: Job) -> State:
-        count = self.form.images_per_class(self.ipc)
-        return State(*self.made_of(run, choose(run, "herding", self.extractor, count)))
+    @property
+    def rule(self) -> Rule:
+        return "herding"

@@ -16,13 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from dsdistill.data import ImageSource
-from dsdistill.engine import Job, PerClass, Run, State
-from dsdistill.selection import Extractor, First, choose, k_center_indices
+from dsdistill.selection import First, Selection, Selector, k_center_indices
 
 
 @dataclass(frozen=True, kw_only=True)
-class KCenter(PerClass):
+class KCenter(Selection):
     """Real images that cover their class: always the one farthest from those chosen; no learning but of features."""
 
     paper: ClassVar[str] = (
@@ -30,16 +28,9 @@ class KCenter(PerClass):
         "arXiv 1708.00489"
     )
 
-    extractor: Extractor = Extractor()
-    """Network whose features are covered, and how it is trained."""
     first: First = "mean"
     """Image of each class to begin with: the one nearest to the mean of its features, or one at random."""
 
-    def check(self, source: ImageSource) -> None:
-        super().check(source)
-        self.extractor.check(source)
-
-    def start(self, run: Run, job: Job) -> State:
-        count = self.form.images_per_class(self.ipc)
-        rule = partial(k_center_indices, first=self.first)
-        return State(*self.made_of(run, choose(run, rule, self.extractor, count)))
+    @property
+    def rule(self) -> Selector:
+        return partial(k_center_indices, first=self.first)

@@ -13,24 +13,15 @@ released the chosen images, not what chose them: how θ is trained and how often
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsdistill.data import ImageSource
-from dsdistill.engine import Job, PerClass, Run, State
-from dsdistill.selection import Extractor, choose
+from dsdistill.selection import Rule, Selection
 
 
 @dataclass(frozen=True, kw_only=True)
-class KMeans(PerClass):
+class KMeans(Selection):
     """Real images nearest to the centres of k-means clusters of their class; nothing is learned but the features."""
 
     paper: ClassVar[str] = "Cui et al., DC-BENCH: Dataset Condensation Benchmark, NeurIPS 2022, arXiv 2207.09639"
 
-    extractor: Extractor = Extractor()
-    """Network whose features are clustered, and how it is trained."""
-
-    def check(self, source: ImageSource) -> None:
-        super().check(source)
-        self.extractor.check(source)
-
-    def start(self, run: Run, job: Job) -> State:
-        count = self.form.images_per_class(self.ipc)
-        return State(*self.made_of(run, choose(run, "kmeans", self.extractor, count)))
+    @property
+    def rule(self) -> Rule:
+        return "kmeans"

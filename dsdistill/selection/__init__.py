@@ -5,12 +5,14 @@ from dsdistill.selection.features import Extractor, class_features
 from dsdistill.selection.herding import herding_indices
 from dsdistill.selection.k_center import First, k_center_indices
 from dsdistill.selection.k_means import k_means_indices
+from dsdistill.selection.method import Selection
 
 __all__ = [
     "RULES",
     "Extractor",
     "First",
     "Rule",
+    "Selection",
     "Selector",
     "choose",
     "class_features",

@@ -1,7 +1,5 @@
 """The network whose features images are chosen by, and those features, class by class."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.augmentations import Siamese
-from dsdistill.core.config import to_dict, validate
+from dsdistill.core.config import settings_digest, validate
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run
@@ -67,8 +65,7 @@ class Extractor:
     @property
     def _name(self) -> str:
         """Of its streams and of what is kept: two extractors in one run must not be mixed up."""
-        settings = json.dumps(to_dict(self), sort_keys=True)
-        return f"extractor-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+        return f"extractor-{settings_digest(self)}"
 
 
 def _trained(run: Run, network: nn.Module, recipe: TrainingRecipe, rng: Rng) -> Mapping[str, Tensor]:

@@ -184,4 +184,6 @@ def test_presets_of_paper_and_code():
     assert DataDAM.preset("imagenet_woof/ipc1").feature_weight == 0.02
     assert DataDAM.preset("paper", ipc=3) == DataDAM(ipc=3)
     assert DataDAM.preset("repo", ipc=10) == code
+    assert DataDAM.preset("imagenet_woof/ipc10").feature_weight == 0.02
+    assert "ipc" not in DataDAM.presets["repo"].settings
     assert all(preset.source for preset in DataDAM.presets.values())
