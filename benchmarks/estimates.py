@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 import dsdistill as dd
-from benchmarks.schema import RESULTS, ROOT, commit, write_result
+from benchmarks.schema import RESULTS, ROOT
+from benchmarks.writing import commit, write_result
 from dsdistill.core.config import to_dict
 from dsdistill.core.device import peak_memory
 from dsdistill.data import ImageSource

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.schema import RESULTS, ROOT, Kill, commit, write_result
+from benchmarks.schema import RESULTS, ROOT, Kill
+from benchmarks.writing import commit, write_result
 from dsdistill.core import storage
 
 FILES = ("images.safetensors", "labels.safetensors", "dataset.json")

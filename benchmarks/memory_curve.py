@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks.schema import RESULTS, ROOT, Growth, commit, write_result
+from benchmarks.schema import RESULTS, ROOT, Growth
+from benchmarks.writing import commit, write_result
 
 CLASSES, TEST_PER_CLASS, SIDE = 10, 10, 64
 

@@ -17,7 +17,8 @@ import torch
 
 import dsdistill as dd
 from benchmarks.estimates import Setting, make_source
-from benchmarks.schema import RESULTS, ROOT, commit, write_result
+from benchmarks.schema import RESULTS, ROOT
+from benchmarks.writing import commit, write_result
 from dsdistill.core.device import peak_memory
 from dsdistill.engine import Rehearsal
 from dsdistill.engine.run import Execution, prepared_run

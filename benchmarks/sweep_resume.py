@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.schema import RESULTS, ROOT, commit, write_result
+from benchmarks.schema import RESULTS, ROOT
+from benchmarks.writing import commit, write_result
 from dsdistill import studies
 from dsdistill.core import storage
 from dsdistill.evaluation import get_protocol

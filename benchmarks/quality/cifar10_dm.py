@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import dsdistill as dd
-from benchmarks.schema import RESULTS, commit, write_result
+from benchmarks.schema import RESULTS
+from benchmarks.writing import commit, write_result
 from dsdistill.core.config import to_dict
 from dsdistill.core.device import resolve_device
 from dsdistill.data import ImageSource

@@ -20,7 +20,8 @@ from typing import Any
 import dsdistill as dd
 from benchmarks.quality.cifar10_dm import slug
 from benchmarks.quality.plans import PLANS, Plan
-from benchmarks.schema import RESULTS, commit, write_result
+from benchmarks.schema import RESULTS
+from benchmarks.writing import commit, write_result
 from dsdistill.core import storage
 from dsdistill.core.config import to_dict
 from dsdistill.core.device import resolve_device

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.schema import RESULTS, ROOT, Comparison, Equality, commit, write_result
+from benchmarks.schema import RESULTS, ROOT, Comparison, Equality
 from benchmarks.speed.quiet import OtherLoad, wait_for_quiet
+from benchmarks.writing import commit, write_result
 from dsdistill.core.device import synchronize
 
 VARIANTS = {

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.schema import RESULTS, Comparison, commit, write_result
+from benchmarks.schema import RESULTS, Comparison
 from benchmarks.speed.quiet import OtherLoad, wait_for_quiet
+from benchmarks.writing import commit, write_result
 from dsdistill.core.device import settle_allocator, synchronize
 from dsdistill.core.rng import Rng
 from dsdistill.evaluation import get_protocol
