@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_images
+from methods.stepping import begin as start
+from methods.stepping import real_images as real_batch
+from methods.stepping import run_of
+from methods.stepping import shown as viewed
 
 from dsdistill import synthesize
 from dsdistill.augmentations import Siamese
-from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
-from dsdistill.engine import Job, Run
+from dsdistill.engine import Job
 from dsdistill.errors import InvalidSetting
 from dsdistill.matching import class_ranges
 from dsdistill.methods import DM
@@ -26,38 +29,11 @@ PLAIN = DM(ipc=2, iterations=3, real_batch=4, network=SMALL, augmentation=None, 
 CPU = torch.device("cpu")
 
 
-def run_of(source, *, classes=None, chunk=1000, seed=0):
-    classes = tuple(range(source.num_classes)) if classes is None else classes
-    return Run(source.train_only(), CPU, Rng(seed), classes, chunk)
-
-
-def start(method, run):
-    return method.start(run, Job("all", run.classes))
-
-
-def real_batch(method, run, iteration):
-    """The real images of each class, float64."""
-    source = run.source
-    index = source.per_class_indices(run.classes, method.real_batch, run.rng.at("real", iteration))
-    images, targets = source.gather(index).double(), source.targets[index]
-    return [images[targets == label] for label in run.classes]
-
-
 def network_of(method, run, iteration):
     network = method.network.build(
         run.source.shape, run.source.num_classes, generator=run.rng.at("network", iteration, device="cpu"), device="cpu"
     )
     return copy.deepcopy(network).double().train()
-
-
-def viewed(method, run, iteration, position, images):
-    """The images of the class at a position of ``run.classes``, one by one under that class's view."""
-    suited = method.augmentation.suited(run.source.mirror_safe) if method.augmentation else None
-    if suited is None:
-        return images
-    generator = run.rng.at("views", iteration, device="cpu")
-    record = suited.sample(len(run.classes), run.source.shape, generator, per="class")
-    return torch.cat([suited.apply(image[None], record, [position]) for image in images])
 
 
 def slow_loss(method, run, synthetic, iteration, *, together=False):
