@@ -3,6 +3,7 @@
 from dsdistill.networks.alexnet import AlexNet
 from dsdistill.networks.base import Network
 from dsdistill.networks.convnet import ConvNet
+from dsdistill.networks.functional import Backward, FlatNetwork, Outer, Student, Unrolled, backpropagate
 from dsdistill.networks.initialize import embed, has_batchnorm, parameter_digest, reinitialize_
 from dsdistill.networks.lenet import LeNet
 from dsdistill.networks.mlp import MLP
@@ -17,15 +18,21 @@ __all__ = [
     "MLP",
     "VGG11",
     "AlexNet",
+    "Backward",
     "ConvNet",
+    "FlatNetwork",
     "LeNet",
     "Need",
     "Network",
     "NetworkSpec",
+    "Outer",
     "ResNet18",
     "ResNet18AP",
     "ResNetAP10",
+    "Student",
+    "Unrolled",
     "activation_taps",
+    "backpropagate",
     "check_needs",
     "embed",
     "has_batchnorm",
