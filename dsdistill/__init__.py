@@ -11,17 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsdistill import augmentations, data, errors, evaluation, methods, networks, studies, testing
+    from dsdistill import augmentations, data, errors, evaluation, experts, methods, networks, studies, testing
     from dsdistill.engine import Estimate, Synthesizer, estimate, synthesize
     from dsdistill.errors import DistillError
     from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, evaluate
+    from dsdistill.experts import train_experts
     from dsdistill.methods import create_method, list_methods
     from dsdistill.published import import_published
     from dsdistill.synthetic import SyntheticDataset
 
 __version__ = "0.1.0"
 
-_MODULES = ("augmentations", "data", "errors", "evaluation", "methods", "networks", "studies", "testing")
+_MODULES = ("augmentations", "data", "errors", "evaluation", "experts", "methods", "networks", "studies", "testing")
 _NAMES = {
     "DistillError": "errors",
     "Estimate": "engine",
@@ -35,6 +36,7 @@ _NAMES = {
     "import_published": "published",
     "list_methods": "methods",
     "synthesize": "engine",
+    "train_experts": "experts",
 }
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "evaluation",
+    "experts",
     "import_published",
     "list_methods",
     "methods",
@@ -59,6 +62,7 @@ __all__ = [
     "studies",
     "synthesize",
     "testing",
+    "train_experts",
 ]
 
 

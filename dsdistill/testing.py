@@ -9,6 +9,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,11 @@ def check_synthesizer(
         ContractViolation: at the first check that fails.
     """
     source = toy_source() if source is None else source
-    suite = _Suite(method, source, torch.device(device))
+    with tempfile.TemporaryDirectory() as store:
+        return _checked(_Suite(method, source, torch.device(device), Path(store)))
+
+
+def _checked(suite: "_Suite") -> list[str]:
     checks: list[Callable[[], None]] = [
         suite.settings_are_complete,
         suite.makes_a_set,
@@ -84,15 +89,18 @@ def _require(condition: bool, problem: str) -> None:
 
 
 class _Suite:
-    def __init__(self, method: Synthesizer, source: ImageSource, device: torch.device) -> None:
-        self.method, self.source, self.device = method, source, device
+    def __init__(self, method: Synthesizer, source: ImageSource, device: torch.device, store: Path) -> None:
+        self.method, self.source, self.device, self.store = method, source, device, store
         self.name = type(method).__name__
 
     def _bytes(self, folder: Path) -> dict[str, bytes]:
         return {name: (folder / name).read_bytes() for name in _FILES}
 
+    def _synthesize(self, **options: Any) -> SyntheticDataset:
+        return synthesize(self.method, self.source, device=self.device, store=self.store, progress=False, **options)
+
     def _run(self, folder: Path, seed: int = 0) -> dict[str, bytes]:
-        synthesize(self.method, self.source, seed=seed, device=self.device, out=folder, progress=False)
+        self._synthesize(seed=seed, out=folder)
         return self._bytes(folder)
 
     def settings_are_complete(self) -> None:
@@ -110,7 +118,7 @@ class _Suite:
 
     def makes_a_set(self) -> None:
         """Finite images of the source's shape and classes."""
-        made = synthesize(self.method, self.source, device=self.device, progress=False)
+        made = self._synthesize()
         images, _ = made.tensors()
         _require(images.device.type == "cpu", "the set is not on the CPU")
         _require(bool(torch.isfinite(images).all()), "images are not finite")
@@ -135,7 +143,7 @@ class _Suite:
     def leaves_global_randomness_alone(self) -> None:
         """The caller's global generator is where it was."""
         before = torch.get_rng_state()
-        synthesize(self.method, self.source, device=self.device, progress=False)
+        self._synthesize()
         _require(torch.equal(before, torch.get_rng_state()), "the caller's global random state changed")
 
     def resumes_bit_for_bit(self) -> None:
@@ -153,15 +161,7 @@ class _Suite:
             cut = Path(folder) / "cut"
             for callback in (interrupt, None):
                 try:
-                    synthesize(
-                        self.method,
-                        self.source,
-                        device=self.device,
-                        out=cut,
-                        checkpoint_every=max(1, stop_at - 1),
-                        progress=False,
-                        callback=callback,
-                    )
+                    self._synthesize(out=cut, checkpoint_every=max(1, stop_at - 1), callback=callback)
                 except KeyboardInterrupt:
                     torch.rand(7)  # a resumed run must not depend on where the global generator stands
             resumed = self._bytes(cut)
@@ -179,6 +179,7 @@ class _Suite:
                 rng=Rng(0, device=self.device),
                 classes=tuple(range(source.num_classes)),
                 chunk=default_chunk(source.shape, self.device),
+                store=self.store,
             )
             return Execution(self.method, context, order=order)()
 
@@ -188,7 +189,7 @@ class _Suite:
 
     def survives_save_and_load(self) -> None:
         """Loaded images and targets equal the saved ones."""
-        made = synthesize(self.method, self.source, device=self.device, progress=False)
+        made = self._synthesize()
         with tempfile.TemporaryDirectory() as folder:
             loaded = SyntheticDataset.load(made.save(Path(folder) / "set"))
         for one, other in zip(made.tensors(), loaded.tensors(), strict=True):
@@ -197,7 +198,7 @@ class _Suite:
 
     def states_its_bytes(self) -> None:
         """`nbytes` is the size of the tensors in the files."""
-        made = synthesize(self.method, self.source, device=self.device, progress=False)
+        made = self._synthesize()
         for part, stated in ((made.images, made.nbytes.images), (made.labels, made.nbytes.labels)):
             actual = sum(tensor.numel() * tensor.element_size() for tensor in part.tensors().values())
             _require(stated == actual > 0, f"states {stated} bytes, stores {actual}")

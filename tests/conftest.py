@@ -12,6 +12,14 @@ from dsdistill.networks import NetworkSpec
 torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Nothing is read from the user's cache, and nothing written into it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DSDISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quiet_again():
     """The command line sets the level of our logger for its process: here, for one test."""

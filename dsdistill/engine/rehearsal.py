@@ -9,6 +9,7 @@ import torch
 
 from dsdistill.core import storage
 from dsdistill.core.device import free_memory, peak_memory
+from dsdistill.core.units import shown_duration, shown_size
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run import Execution, prepared_run
@@ -24,9 +25,10 @@ class Estimate:
     """Cost of a run.
 
     ``seconds`` of all steps; ``memory`` is the peak in bytes, of the process (its data and libraries included) on the
-    CPU and of what torch allocates on a GPU; ``disk`` is the most the output folder will hold at a time, in bytes;
-    ``chunk`` images pass the network at a time. ``free_memory`` and ``free_disk`` are what there is after the rehearsal
-    (``free_disk`` None where no folder was named).
+    CPU and of what torch allocates on a GPU; ``disk`` is the most the output folder will hold at a time, in bytes,
+    and ``store`` what the run will add to the store of experts; ``chunk`` images pass the network at a time.
+    ``free_memory`` and ``free_disk`` are what there is after the rehearsal (``free_disk`` None where no folder was
+    named).
     """
 
     method: str
@@ -39,20 +41,23 @@ class Estimate:
     free_memory: int
     disk: int
     free_disk: int | None
+    store: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers."""
         return asdict(self)
 
     def __str__(self) -> str:
-        disk = f" of {_size(self.free_disk)} free" if self.free_disk is not None else ""
+        disk = f" of {shown_size(self.free_disk)} free" if self.free_disk is not None else ""
+        store = [f"  store   {shown_size(self.store)} of experts, kept for other runs"] if self.store else []
         kind = "of the process" if self.device == "cpu" else "on the device"
         return "\n".join(
             (
                 f"{self.method} on {self.device}, {self.steps} steps, judged by {self.rehearsed}:",
-                f"  time    {_duration(self.seconds)}",
-                f"  memory  {_size(self.memory)} at its peak {kind}; {_size(self.free_memory)} more are free",
-                f"  disk    {_size(self.disk)}{disk}",
+                f"  time    {shown_duration(self.seconds)}",
+                f"  memory  {shown_size(self.memory)} at its peak {kind}; {shown_size(self.free_memory)} more are free",
+                f"  disk    {shown_size(self.disk)}{disk}",
+                *store,
                 f"  chunk   {self.chunk} images at a time",
             )
         )
@@ -67,6 +72,7 @@ def estimate(
     out: str | Path | None = None,
     keep: int = 2,
     chunk: int | None = None,
+    store: str | Path | None = None,
 ) -> Estimate:
     """Rehearse the first steps of a run, writing nothing, and say what the whole run will cost.
 
@@ -76,7 +82,7 @@ def estimate(
     Raises:
         OutOfMemory: the run would not fit, whatever the chunk.
     """
-    run = prepared_run(method, source, seed=seed, device=device, chunk=chunk)
+    run = prepared_run(method, source, seed=seed, device=device, chunk=chunk, store=store)
     jobs = len(method.jobs(run))
     execution = Execution(method, run, order=lambda jobs: jobs[:1])
 
@@ -104,14 +110,5 @@ def estimate(
         free_memory=free_memory(run.device),
         disk=left_out.disk + checkpoint.nbytes(execution.state) * (keep + 1) + jobs * (files + _LINE * method.steps),
         free_disk=storage.free_space(Path(out)) if out is not None else None,
+        store=left_out.stored,
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole % 3600 // 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.1f} s"

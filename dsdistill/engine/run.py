@@ -13,6 +13,7 @@ from dsdistill.core.config import require_instance, to_dict, whole_number
 from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
+from dsdistill.data.cache import cache_folder
 from dsdistill.engine import checkpoint
 from dsdistill.engine.observe import Observer, StepEvent, StopRequest
 from dsdistill.engine.shared import Rehearsal, Shared
@@ -37,6 +38,7 @@ def synthesize(
     checkpoint_every: int = 100,
     keep: int = 2,
     chunk: int | None = None,
+    store: str | Path | None = None,
     progress: bool = True,
     callback: Callback | None = None,
 ) -> SyntheticDataset:
@@ -58,6 +60,8 @@ def synthesize(
         chunk: images that pass a network at once, None for a size that suits device and image. Changes results
             only by float rounding. When memory runs out it is halved, the step is made again, and the set's notes
             say so.
+        store: folder of what other runs can use, too: experts trained on the real images. None for the cache folder
+            (``$DSDISTILL_CACHE``, else ``~/.cache/dsdistill``).
         progress: show a progress bar where standard error is a terminal.
         callback: called after each step.
 
@@ -69,7 +73,7 @@ def synthesize(
         BadArtifact: every checkpoint of the interrupted run is damaged, or the newest whole one is no such run's.
     """
     checkpoint_every, keep = whole_number("checkpoint_every", checkpoint_every, 1), whole_number("keep", keep, 1)
-    run = prepared_run(method, source, seed=seed, device=device, chunk=chunk)
+    run = prepared_run(method, source, seed=seed, device=device, chunk=chunk, store=store)
     execution = Execution(method, run, checkpoint_every=checkpoint_every, progress=progress, callback=callback)
     if out is None:
         return execution()
@@ -100,6 +104,7 @@ def prepared_run(
     seed: int,
     device: str | torch.device | None,
     chunk: int | None,
+    store: str | Path | None = None,
 ) -> Run:
     """What `synthesize` hands to the method, after every check that needs no work; arguments and errors as there."""
     require_instance("method", method, Synthesizer, "a method with its settings: dd.methods.DM(ipc=10)")
@@ -119,6 +124,7 @@ def prepared_run(
         classes=tuple(range(source.num_classes)),
         chunk=chunk,
         recipe=_recipe(method, source, seed, resolved, chunk),
+        store=cache_folder() if store is None else Path(store),
     )
 
 

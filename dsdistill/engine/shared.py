@@ -94,11 +94,13 @@ class Rehearsal:
     Attributes:
         seconds: time that the whole preparation takes beyond what was done.
         disk: bytes that it leaves in the output folder until the run is finished.
+        stored: bytes that it leaves in the store of experts.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.disk = 0
+        self.stored = 0
 
 
 def read(place: Path) -> Mapping[str, Tensor]:

@@ -7,6 +7,7 @@ and from where it starts) and `Synthesizer.step` (the paper's inner page); the e
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -66,7 +67,8 @@ class Run:
     ``source`` lives on ``device`` and gives no way to the test split; ``rng`` and ``classes`` are those of the
     current job; ``chunk`` is how many images should pass a network at a time (memory and cache, not maths);
     ``recipe`` says how the set is being made (empty in a run made by hand); ``shared`` keeps what all jobs need and
-    is costly to make (trained networks).
+    is costly to make (trained networks); ``store`` is the folder of what other runs can use, too (experts), None to
+    keep nothing on the disk.
     """
 
     source: ImageSource
@@ -76,6 +78,7 @@ class Run:
     chunk: int
     recipe: Recipe = field(default_factory=lambda: Recipe(method={}, seed=0, source={}))
     shared: Shared = field(default_factory=Shared, repr=False)
+    store: Path | None = None
     _networks: dict[tuple[NetworkSpec, str], nn.Module] = field(default_factory=dict, repr=False)
 
     def scoped(self, job: Job) -> "Run":

@@ -30,6 +30,8 @@ class EvaluationProtocol(TrainingRecipe):
     """Network trained from scratch in each repeat."""
     epochs: Annotated[int, Ge(1)] = 1000
     """Passes over the set."""
+    learned_lr: bool = False
+    """Train on a set that carries a learned step size with that instead of lr, which baselines keep."""
     selection: Literal["last", "validation"] = "last"
     """Which network is tested: the one after the last epoch, or the best on real training images held out for it."""
     validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
@@ -63,6 +65,14 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
     # Part of a gain measured so may come from here: compare within one protocol. (They scale and rotate on a grid
     # aligned to the corners' centres, which moves pixels by a fraction of one.)
     "fyi": EvaluationProtocol(name="fyi", epochs=1000, milestone_delay=1, augmentation=flip_first(_ALL)),
+    # Cazenavette et al., CVPR 2022 (MTT), and FTD after it: DSA with the step size that the set carries. It was learned
+    # for steps without momentum, and is used with momentum there as here. (They too scale and rotate on the other
+    # grid.) Published figures are the best of all checkpoints of the synthesis, chosen on the test split.
+    "mtt": EvaluationProtocol(name="mtt", epochs=1000, milestone_delay=1, augmentation=Siamese(), learned_lr=True),
+    # Guo et al., ICLR 2024 (DATM): the same with batch 128, against soft labels where the set has them.
+    "datm": EvaluationProtocol(
+        name="datm", epochs=1000, batch_size=128, milestone_delay=1, augmentation=Siamese(), learned_lr=True
+    ),
     # Sajedi et al., ICCV 2023 (DataDAM), their code: 1800 epochs, batch 64, batch normalisation. Published figures are
     # the best of several checkpoints of the synthesis, chosen on the test split; here a set is scored as it is.
     "datadam": EvaluationProtocol(
@@ -98,6 +108,8 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
         augmentation=always_flip_color_cutout(_UNCUT),
         mix=CutMix(probability=0.5),
     ),
+    # AST (Shen et al., arXiv 2310.10541) has no row: the scripts of its code differ in epochs (300 to 1500) and in
+    # where the step size halves, lower the momentum there, and report the best epoch on the test split.
 }
 
 

@@ -24,8 +24,8 @@ class EvaluationResult:
 
     ``scores`` maps a row ("synthetic", "random", "whole") to its accuracies; ``gain`` is the paired difference
     synthetic - random. ``confusion`` maps a row to a (K, K) int64 table, summed over repeats: how many test images of
-    each class (row) were taken for which (column). ``seconds`` are spent per row, ``peak_memory`` in bytes over
-    everything.
+    each class (row) were taken for which (column). ``lr`` is the step size that a row's networks started with.
+    ``seconds`` are spent per row, ``peak_memory`` in bytes over everything.
     """
 
     protocol: EvaluationProtocol
@@ -33,6 +33,7 @@ class EvaluationResult:
     seconds: Mapping[str, float]
     images: Mapping[str, int]
     epochs: Mapping[str, int]
+    lr: Mapping[str, float]
     confusion: Mapping[str, Tensor]
     classes: tuple[str, ...]
     peak_memory: int
@@ -75,6 +76,7 @@ class EvaluationResult:
             "gain_over_random": self.gain.to_json() if self.gain else None,
             "images": dict(self.images),
             "epochs": dict(self.epochs),
+            "lr": dict(self.lr),
             "classes": list(self.classes),
             "per_class": {row: list(map(_or_none, self.per_class(row).values())) for row in self.scores},
             "confusion": (
@@ -100,9 +102,12 @@ class EvaluationResult:
         return Path(path)
 
     def __str__(self) -> str:
-        rows = [("training images", "images", "epochs", "test accuracy %", "95 % interval", "n")]
+        settings: dict[str, Mapping[str, object]] = {"images": self.images, "epochs": self.epochs}
+        if self.protocol.learned_lr:  # else it is one and the same in all rows
+            settings["step size"] = {row: f"{lr:.4g}" for row, lr in self.lr.items()}
+        rows = [("training images", *settings, "test accuracy %", "95 % interval", "n")]
         for row, score in self.scores.items():
-            rows.append((TITLES[row], str(self.images[row]), str(self.epochs[row]), *cells(score), str(score.n)))
+            rows.append((TITLES[row], *(str(of[row]) for of in settings.values()), *cells(score), str(score.n)))
         lines = table(rows)
         if self.gain:
             spread = "" if self.gain.n == 1 else f" ± {100 * self.gain.half_width:.2f}"

@@ -21,6 +21,7 @@ from dsdistill.evaluation.protocol import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.result import EvaluationResult
 from dsdistill.evaluation.scorer import Scorer
 from dsdistill.evaluation.statistics import Score
+from dsdistill.evaluation.step_size import step_sizes
 from dsdistill.recipe import library_versions
 from dsdistill.synthetic import SyntheticDataset
 
@@ -45,7 +46,8 @@ def evaluate(
     """Train ``repeats`` fresh networks on ``synthetic`` and test each once, after its last epoch.
 
     A protocol with ``selection="validation"`` tests the epoch that is best on real training images held out for it;
-    the baselines then draw from the others (the synthetic set may have been made from all of them).
+    the baselines then draw from the others (the synthetic set may have been made from all of them). One with
+    ``learned_lr`` trains on a set that carries a learned step size with that, on the baselines with its own.
 
     Repeat i uses the same seeds for every row: the same initial network, and (between rows of equal size) the same
     order and views, so rows are paired. The random row draws new real images in each repeat, as many of each class
@@ -66,7 +68,8 @@ def evaluate(
         progress: show a bar where standard error is a terminal.
 
     Raises:
-        BadData: the set and the source differ in classes or shape, or the source has no test split.
+        BadData: the set and the source differ in classes or shape, the source has no test split, or the step size that
+            the set carries and the protocol asks for is no positive, finite number.
         InvalidSetting, UnknownName, DeviceUnavailable: before any work starts.
         Diverged: training produced NaN or infinity.
         OutOfMemory: even with one image at a time, or with ``together`` networks.
@@ -84,19 +87,15 @@ def evaluate(
     _check(synthetic, source, baselines, protocol)
     if together > 1 and protocol.selection != "last":
         raise InvalidSetting("together", together, "networks selected on validation images are trained one by one")
+    rows = ("synthetic", *baselines)
+    rates = step_sizes(protocol, synthetic, rows)
     settle_allocator(resolved)
     scorer = Scorer(protocol, synthetic, source.normalized_by(synthetic.normalization).to(resolved), seed, resolved)
-    rows = ("synthetic", *baselines)
     passes = {row: (whole_epochs or protocol.epochs) if row == "whole" else protocol.epochs for row in rows}
     accuracies: dict[str, list[float]] = {row: [] for row in rows}
     tables: dict[str, Tensor] = {}
     seconds = dict.fromkeys(rows, 0.0)
     logger.info("scoring: %d networks for each of %s, protocol %s", repeats, ", ".join(rows), protocol.title)
-    if "lr" in synthetic.learned:
-        rate = float(synthetic.learned["lr"].flatten()[0])
-        logger.warning(
-            "the set carries a learned step size (%.4g), which protocol %s does not use", rate, protocol.name
-        )
     if resolved.type == "cuda":
         torch.cuda.reset_peak_memory_stats(resolved)
     with (
@@ -107,7 +106,7 @@ def evaluate(
             group = range(first, min(first + together, repeats))
             for row in rows:
                 begin = time.perf_counter()
-                for table in scorer.confusions(row, group, passes[row]):
+                for table in scorer.confusions(row, group, passes[row], rates[row]):
                     accuracies[row].append(accuracy(table))
                     tables[row] = tables[row] + table if row in tables else table
                 synchronize(resolved)
@@ -119,6 +118,7 @@ def evaluate(
         seconds=seconds,
         images={row: scorer.sizes[row] for row in rows},
         epochs=passes,
+        lr=rates,
         confusion=tables,
         classes=source.classes,
         peak_memory=peak_memory(resolved),

@@ -58,9 +58,12 @@ class Scorer:
                 self.real.name,
             )
 
-    def confusions(self, row: str, repeats: Sequence[int], epochs: int) -> Iterator[Tensor]:
-        """The (K, K) confusion table of a fresh network for each repeat, trained together where there are several."""
-        protocol = replace(self.protocol, epochs=epochs)
+    def confusions(self, row: str, repeats: Sequence[int], epochs: int, lr: float) -> Iterator[Tensor]:
+        """The (K, K) confusion table of a fresh network for each repeat, trained together where there are several.
+
+        Each is trained for ``epochs`` from the step size ``lr`` on, whatever the protocol has.
+        """
+        protocol = replace(self.protocol, epochs=epochs, lr=lr)
         rngs = [Rng(self.seed, job=f"repeat/{repeat}", device=self.device) for repeat in repeats]
         data = [self._training_set(row, rng) for rng in rngs]
         self.sizes[row] = data[0].size

@@ -34,6 +34,7 @@ from dsdistill.matching.gradients import (
 from dsdistill.matching.views import ClassViews
 from dsdistill.networks import Need, NetworkSpec
 from dsdistill.objectives import GradientDistance, global_cosine, layerwise_cosine, squared_error
+from dsdistill.parameterizations import places_of
 from dsdistill.training import TrainingRecipe, TrainingSet, make_optimizer, train
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
@@ -215,19 +216,10 @@ def stored_set(run: Run, state: State) -> TrainingSet:
     """The stored items as they are now; a mini-batch of them holds every image that they decode to."""
     images, owner = state.images.decode()
     images, targets = images.detach(), state.labels.target(owner)
-    multiplicity = state.images.multiplicity
-    # Images sorted by their item: those of item i begin at starts[i].
-    order = torch.argsort(owner, stable=True).to(images.device)
-    starts = multiplicity.cumsum(0) - multiplicity
-    alike = bool((multiplicity == multiplicity[0]).all())
-    places = order.view(-1, int(multiplicity[0])) if alike else None
+    places = places_of(owner, state.images.multiplicity, images.device)
 
     def fetch(rows: Tensor) -> tuple[Tensor, Tensor]:
-        if places is not None:
-            chosen = places.index_select(0, rows).flatten()
-        else:
-            items = rows.cpu().tolist()
-            chosen = torch.cat([order[starts[item] : starts[item] + multiplicity[item]] for item in items])
+        chosen = places(rows)
         return images.index_select(0, chosen), targets.index_select(0, chosen)
 
     return TrainingSet(fetch, state.images.count, run.source.shape, run.device)

@@ -13,28 +13,36 @@ from dsdistill.engine import Synthesizer
 from dsdistill.errors import InvalidSetting
 
 if TYPE_CHECKING:
+    from dsdistill.methods.ast import AST
     from dsdistill.methods.datadam import DataDAM
+    from dsdistill.methods.datm import DATM
     from dsdistill.methods.dc import DC
     from dsdistill.methods.dm import DM
     from dsdistill.methods.dsa import DSA
+    from dsdistill.methods.ftd import FTD
     from dsdistill.methods.fyi import FYI
     from dsdistill.methods.herding import Herding
     from dsdistill.methods.idc import IDC
     from dsdistill.methods.kcenter import KCenter
     from dsdistill.methods.kmeans import KMeans
+    from dsdistill.methods.mtt import MTT
     from dsdistill.methods.ncfm import NCFM
     from dsdistill.methods.random_real import RandomReal
 
 TABLE = {
+    "AST": "dsdistill.methods.ast:AST",
+    "DATM": "dsdistill.methods.datm:DATM",
     "DataDAM": "dsdistill.methods.datadam:DataDAM",
     "DC": "dsdistill.methods.dc:DC",
     "DM": "dsdistill.methods.dm:DM",
     "DSA": "dsdistill.methods.dsa:DSA",
+    "FTD": "dsdistill.methods.ftd:FTD",
     "FYI": "dsdistill.methods.fyi:FYI",
     "Herding": "dsdistill.methods.herding:Herding",
     "IDC": "dsdistill.methods.idc:IDC",
     "KCenter": "dsdistill.methods.kcenter:KCenter",
     "KMeans": "dsdistill.methods.kmeans:KMeans",
+    "MTT": "dsdistill.methods.mtt:MTT",
     "NCFM": "dsdistill.methods.ncfm:NCFM",
     "RandomReal": "dsdistill.methods.random_real:RandomReal",
 }
@@ -101,11 +109,15 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "AST",
+    "DATM",
     "DC",
     "DM",
     "DSA",
+    "FTD",
     "FYI",
     "IDC",
+    "MTT",
     "NCFM",
     "DataDAM",
     "Herding",

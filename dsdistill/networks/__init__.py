@@ -5,6 +5,7 @@ from dsdistill.networks.base import Network
 from dsdistill.networks.convnet import ConvNet
 from dsdistill.networks.functional import Backward, FlatNetwork, Outer, Student, Unrolled, backpropagate
 from dsdistill.networks.initialize import embed, has_batchnorm, parameter_digest, reinitialize_
+from dsdistill.networks.inner_loop import unroll
 from dsdistill.networks.lenet import LeNet
 from dsdistill.networks.mlp import MLP
 from dsdistill.networks.needs import Need, check_needs
@@ -41,4 +42,5 @@ __all__ = [
     "register_network",
     "reinitialize_",
     "tapped",
+    "unroll",
 ]

@@ -3,9 +3,21 @@
 from dsdistill.parameterizations.base import Decoded, Form, Parameterization
 from dsdistill.parameterizations.mirrored import Mirrored
 from dsdistill.parameterizations.pixels import Pixels, Plain
+from dsdistill.parameterizations.places import places_of
 from dsdistill.parameterizations.tiles import Tiled, Tiles
 
 FORMS: dict[str, type[Parameterization]] = {form.key: form for form in (Pixels, Tiles, Mirrored)}
 """Closed table: the only classes a saved set may ask for."""
 
-__all__ = ["FORMS", "Decoded", "Form", "Mirrored", "Parameterization", "Pixels", "Plain", "Tiled", "Tiles"]
+__all__ = [
+    "FORMS",
+    "Decoded",
+    "Form",
+    "Mirrored",
+    "Parameterization",
+    "Pixels",
+    "Plain",
+    "Tiled",
+    "Tiles",
+    "places_of",
+]

@@ -1,11 +1,12 @@
 """Choosing real images by their features: rules on features, and the network that gives them."""
 
-from dsdistill.selection.choice import RULES, Rule, Selector, choose
-from dsdistill.selection.features import Extractor, class_features
+from dsdistill.selection.choice import RULES, Rule, Selector, choose, pick
+from dsdistill.selection.features import Extractor, class_features, class_outputs
 from dsdistill.selection.herding import herding_indices
 from dsdistill.selection.k_center import First, k_center_indices
 from dsdistill.selection.k_means import k_means_indices
 from dsdistill.selection.method import Selection
+from dsdistill.selection.representative import representative_indices
 
 __all__ = [
     "RULES",
@@ -16,7 +17,10 @@ __all__ = [
     "Selector",
     "choose",
     "class_features",
+    "class_outputs",
     "herding_indices",
     "k_center_indices",
     "k_means_indices",
+    "pick",
+    "representative_indices",
 ]

@@ -1,7 +1,7 @@
-"""The network whose features images are chosen by, and those features, class by class."""
+"""The network whose features images are chosen by, and what it or any function makes of images, class by class."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -81,11 +81,23 @@ def class_features(run: Run, extractor: Extractor) -> Iterator[Tensor]:
     largest class.
     """
     network = extractor.build(run).eval()
+    yield from class_outputs(run, lambda images: embed(network, images))
+
+
+def class_outputs(run: Run, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """What ``function`` makes of all images of each class of the run, one class at a time, in storage order.
+
+    Without gradients; images are as they are stored, without augmentation. Memory is that of the largest class.
+
+    Args:
+        function: images (m, C, H, W), a chunk of a class, -> one row for each, (m, ...); the logits of a network,
+            say, which its caller has put into evaluation mode.
+    """
     for index in run.classes:
-        yield _features(run, network, index)
+        yield _outputs(run, function, index)
 
 
 @torch.no_grad()
-def _features(run: Run, network: nn.Module, index: int) -> Tensor:
+def _outputs(run: Run, function: Callable[[Tensor], Tensor], index: int) -> Tensor:
     rows = torch.arange(run.source.offsets[index], run.source.offsets[index + 1], device=run.device)
-    return torch.cat([embed(network, run.source.gather(part)) for part in torch.split(rows, run.chunk)])
+    return torch.cat([function(run.source.gather(part)) for part in torch.split(rows, run.chunk)])

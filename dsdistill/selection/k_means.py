@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsdistill.selection.points import checked_count, distances
+from dsdistill.selection.points import checked_count, nearest_in_turn
 
 
 def k_means_indices(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -22,22 +22,20 @@ def k_means_indices(features: Tensor, count: int, generator: torch.Generator) ->
         ShapeMismatch, BadData, InvalidSetting: the features do not do, or are fewer than ``count``.
     """
     checked_count(features, count)
-    centres = _centres(features, count, int(torch.randint(2**31 - 1, (), generator=generator))).to(features)
-    taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    chosen = []
-    for centre in centres:
-        picked = distances(features, centre[None]).masked_fill(taken, torch.inf).argmin()[None]
-        taken.index_fill_(0, picked, True)
-        chosen.append(picked)
-    return torch.cat(chosen)
+    return nearest_in_turn(features, k_means_centres(features, count, generator), count)
 
 
-def _centres(features: Tensor, count: int, seed: int) -> Tensor:
-    """Centres (count, D) of the clusters, that of the largest cluster first."""
+def k_means_centres(features: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Centres (count, D) of as many clusters of the rows (n, D), that of the largest cluster first.
+
+    Args:
+        generator: on the CPU; one draw from it seeds the clustering.
+    """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
     rows: Any = features.detach().cpu().numpy()
     # Several threads, those of BLAS included, add in an order of their own, which changes the last bits.
     with threadpool_limits(limits=1), warnings.catch_warnings():
@@ -45,4 +43,4 @@ def _centres(features: Tensor, count: int, seed: int) -> Tensor:
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = KMeans(count, n_init=1, random_state=seed).fit(rows)
     sizes = torch.from_numpy(found.labels_).to(torch.int64).bincount(minlength=count)
-    return torch.from_numpy(found.cluster_centers_)[sizes.argsort(descending=True, stable=True)]
+    return torch.from_numpy(found.cluster_centers_)[sizes.argsort(descending=True, stable=True)].to(features)

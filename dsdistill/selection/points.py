@@ -1,4 +1,4 @@
-"""What the rules share: distances to one point at a time, and what may be asked of them."""
+"""What the rules share: distances to one point at a time, the rows nearest to several, what may be asked of them."""
 
 import torch
 from torch import Tensor
@@ -31,3 +31,14 @@ def distances(features: Tensor, point: Tensor) -> Tensor:
     """Euclidean distances (n,) of the rows of (n, D) to a point (1, D); an equal row has distance 0 exactly."""
     # Differences are squared: |x|^2 - 2 xy + |y|^2 in one matrix product would lose the digits that tell neighbours.
     return torch.cdist(features, point, compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+
+
+def nearest_in_turn(features: Tensor, points: Tensor, count: int) -> Tensor:
+    """Rows (count,) of (n, D), all different: the points (P, D) take turns, each its nearest row that is left."""
+    apart = torch.stack([distances(features, point[None]) for point in points])
+    chosen = []
+    for turn in range(count):
+        picked = apart[turn % len(points)].argmin()[None]
+        apart.index_fill_(1, picked, torch.inf)
+        chosen.append(picked)
+    return torch.cat(chosen)

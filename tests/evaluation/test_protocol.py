@@ -39,6 +39,13 @@ def test_the_rows_of_datadam_and_fyi_differ_from_dsa_in_a_word():
     assert replace(get_protocol("fyi"), name="dsa", augmentation=Siamese()) == dsa
 
 
+def test_the_rows_of_trajectory_matching_are_dsa_with_a_learned_step_size():
+    dsa, mtt, datm = map(get_protocol, ("dsa", "mtt", "datm"))
+    assert replace(dsa, name="mtt", learned_lr=True) == mtt
+    assert replace(mtt, name="datm", batch_size=128) == datm
+    assert [name for name in list_protocols() if get_protocol(name).learned_lr] == ["datm", "mtt"]
+
+
 def test_the_rows_of_idc_and_ncfm_mix_and_leave_cutout_out():
     for name in ("idc", "ncfm"):
         protocol = get_protocol(name)
@@ -60,9 +67,11 @@ def test_the_rows_of_idc_and_ncfm_mix_and_leave_cutout_out():
 
 
 def test_the_list_is_complete_and_any_case_will_do():
-    assert list_protocols() == ["datadam", "dc", "dm", "dsa", "fyi", "idc", "ncfm"]
+    assert list_protocols() == ["datadam", "datm", "dc", "dm", "dsa", "fyi", "idc", "mtt", "ncfm"]
     assert get_protocol("DSA") is get_protocol("dsa")
-    with pytest.raises(UnknownName, match=r"unknown protocol 'dsaa'; did you mean 'dsa'\? Known: datadam, dc, dm, dsa"):
+    with pytest.raises(
+        UnknownName, match=r"unknown protocol 'dsaa'; did you mean 'dsa'\? Known: datadam, datm, dc, dm, dsa"
+    ):
         get_protocol("dsaa")
 
 
@@ -106,6 +115,7 @@ def test_milestones_are_exact_fractions(epochs, percent):
         ("milestones", (1.0,)),
         ("milestones", (float("nan"),)),
         ("milestones", 0.5),
+        ("learned_lr", 0.1),
         ("selection", "best"),
         ("network", "convnet"),
         ("augmentation", "dsa"),

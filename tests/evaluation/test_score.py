@@ -282,6 +282,7 @@ def made_by_hand(n=2, baselines=("random", "whole")):
         seconds=dict.fromkeys(rows, 1.23456),
         images={row: {"whole": 36}.get(row, 6) for row in rows},
         epochs={row: {"whole": 2}.get(row, 3) for row in rows},
+        lr={row: {"synthetic": 0.0312}.get(row, 0.05) for row in rows},
         confusion={row: torch.tensor([[3, 1], [0, 0]]) for row in rows},
         classes=("a", "b"),
         peak_memory=1000,
@@ -302,6 +303,15 @@ def test_the_table_reads_like_this():
     )
 
 
+def test_step_sizes_are_shown_where_rows_may_differ_in_them():
+    result = made_by_hand()
+    lines = str(replace(result, protocol=replace(QUICK, learned_lr=True))).splitlines()
+    assert lines[0] == "training images     images  epochs  step size  test accuracy %  95 % interval  n"
+    assert lines[2] == "synthetic set            6       3     0.0312            55.00        ± 63.53  2"
+    assert lines[3] == "random real images       6       3       0.05            47.50        ± 95.30  2"
+    assert "step size" not in str(result)
+
+
 def test_one_repeat_claims_no_interval():
     text = str(made_by_hand(n=1))
     assert "±" not in text
@@ -316,7 +326,7 @@ def test_the_json_has_every_field(synthetic, source):
     content = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(content) == {
         "format", "schema_version", "protocol", "selection", "seed", "scores", "gain_over_random", "images", "epochs",
-        "classes", "per_class", "confusion", "seconds", "peak_memory_bytes", "synthetic", "source", "device",
+        "lr", "classes", "per_class", "confusion", "seconds", "peak_memory_bytes", "synthetic", "source", "device",
         "versions",
     }  # fmt: skip
     assert (content["format"], content["schema_version"], content["seed"]) == ("dsdistill.evaluation", 1, 6)
@@ -327,6 +337,7 @@ def test_the_json_has_every_field(synthetic, source):
     assert content["gain_over_random"] == gain.to_json() == result.gain.to_json()
     assert content["images"] == {"synthetic": 6, "random": 6, "whole": 36}
     assert content["epochs"] == {"synthetic": 3, "random": 3, "whole": 1}
+    assert content["lr"] == {"synthetic": 0.05, "random": 0.05, "whole": 0.05}
     assert set(content["seconds"]) == {"synthetic", "random", "whole"}
     assert all(seconds > 0 for seconds in content["seconds"].values())
     assert content["peak_memory_bytes"] > 2**20
@@ -444,11 +455,6 @@ def test_networks_trained_together_score_as_one_by_one(together, synthetic, sour
     assert stacked.to_json()["device"]["together"] == together
 
 
-def test_a_learned_step_size_that_is_not_used_is_said_to_be(synthetic, source, caplog):
-    run(replace(synthetic, learned={"lr": torch.tensor(0.03)}), source, repeats=1)
-    assert "learned step size (0.03), which protocol quick does not use" in caplog.text
-
-
 def test_what_cannot_be_trained_together_is_refused(synthetic, source, monkeypatch):
     monkeypatch.setattr(spec_module, "_registered", {"dropping": lambda shape, classes: Dropping()})
     with pytest.raises(InvalidSetting, match=r"together = 2.*dropout"):
@@ -460,6 +466,56 @@ def test_what_cannot_be_trained_together_is_refused(synthetic, source, monkeypat
         run(synthetic, source, protocol=replace(QUICK, selection="validation"), together=2)
     with pytest.raises(InvalidSetting, match="together = 0"):
         run(synthetic, source, together=0)
+
+
+# Learned step sizes ------------------------------------------------------------------------------------------
+
+LEARNED = replace(QUICK, learned_lr=True)
+
+
+@pytest.mark.parametrize("stored_as", [torch.tensor(0.03125), torch.tensor([[0.03125]], dtype=torch.float64)])
+def test_a_learned_step_size_is_that_of_the_set_alone(stored_as, synthetic, source, trained, caplog):
+    carrying = replace(synthetic, learned={"lr": stored_as})
+    result = run(carrying, source, protocol=LEARNED, baselines=("random", "whole"))
+    assert [record[3].lr for record in trained] == [0.03125, 0.05, 0.05] * 2
+    assert result.lr == result.to_json()["lr"] == {"synthetic": 0.03125, "random": 0.05, "whole": 0.05}
+    assert result.protocol.lr == 0.05
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_learned_step_size_trains_as_a_given_one_does(together, synthetic, source):
+    carrying = replace(synthetic, learned={"lr": torch.tensor(0.5)})
+    learned = run(carrying, source, protocol=LEARNED, together=together)
+    given = run(synthetic, source, protocol=replace(QUICK, lr=0.5), together=together)
+    kept = run(synthetic, source, together=together)
+    assert torch.equal(learned.confusion["synthetic"], given.confusion["synthetic"])
+    assert not torch.equal(learned.confusion["synthetic"], kept.confusion["synthetic"])
+    assert torch.equal(learned.confusion["random"], kept.confusion["random"])
+
+
+def test_a_set_without_a_step_size_is_trained_with_that_of_the_protocol(synthetic, source, caplog):
+    result = run(synthetic, source, protocol=LEARNED)
+    assert values(result) == values(run(synthetic, source))
+    assert set(result.lr.values()) == {0.05}
+    assert not caplog.records
+
+
+def test_a_learned_step_size_that_is_not_used_is_said_to_be(synthetic, source, caplog):
+    result = run(replace(synthetic, learned={"lr": torch.tensor(0.03)}), source, repeats=1)
+    assert "learned step size (0.03), which protocol quick does not use" in caplog.text
+    assert result.lr["synthetic"] == 0.05
+    run(replace(synthetic, learned={"lr": torch.tensor([-0.5, 0.25])}), source, repeats=1)
+    assert "learned step size (-0.5, 0.25), which" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.5, torch.inf, torch.nan, [0.25, 0.5], []])
+def test_a_learned_step_size_that_no_network_can_use_is_refused(bad, synthetic, source, trained):
+    carrying = replace(synthetic, learned={"lr": torch.tensor(bad)})
+    with pytest.raises(BadData, match=r"learned step size .*positive, finite.*learned_lr=False") as caught:
+        run(carrying, source, protocol=LEARNED)
+    assert str(bad) in str(caught.value)
+    assert not trained
 
 
 # Memory ------------------------------------------------------------------------------------------------------

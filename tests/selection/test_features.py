@@ -7,9 +7,9 @@ import torch
 
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Job, Run, Shared
-from dsdistill.errors import BadData, InvalidSetting, UnknownName
+from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch, UnknownName
 from dsdistill.networks import NetworkSpec, embed
-from dsdistill.selection import Extractor, choose, class_features, features, herding_indices
+from dsdistill.selection import Extractor, choose, class_features, class_outputs, features, herding_indices, pick
 from dsdistill.training import TrainingRecipe
 
 SMALL = NetworkSpec(width=4, depth=1)
@@ -37,6 +37,26 @@ def test_features_are_those_of_the_stored_images(source):
         images = source.normalization.standardize(source.images[12 * index : 12 * (index + 1)])
         assert torch.allclose(found, embed(network, images), atol=1e-6)
         assert not found.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+def test_outputs_of_any_function_come_class_by_class(source, chunk):
+    run, seen = run_of(source, chunk=chunk, classes=(2, 0)), []
+    network = SMALL.build(source.shape, 3, generator=torch.Generator().manual_seed(0), device="cpu")
+
+    def logits(images):
+        seen.append(len(images))
+        return network(images)
+
+    found = class_outputs(run, logits)
+    assert not seen  # nothing before it is asked for
+    for index, rows in zip((2, 0), found, strict=True):
+        images = source.normalization.standardize(source.images[12 * index : 12 * (index + 1)])
+        assert rows.shape == (12, 3)
+        assert torch.allclose(rows, network(images), atol=1e-6)
+        assert not rows.requires_grad
+    assert max(seen) <= chunk
+    assert sum(seen) == 24
 
 
 def test_images_do_not_see_one_another(source):
@@ -114,6 +134,39 @@ def test_a_rule_of_ones_own(source):
         return torch.arange(count)
 
     assert [rows.tolist() for rows in choose(run_of(source), first, RANDOM, 2)] == [[0, 1], [12, 13], [24, 25]]
+
+
+def test_features_of_ones_own(source):
+    """Of each class the image at which the given feature is largest is that farthest from 0."""
+
+    def farthest(found, count, generator):
+        return found[:, 0].abs().argsort(descending=True)[:count]
+
+    peaks = {2: 7, 0: 3}
+    given = (torch.nn.functional.one_hot(torch.tensor(peak), 12)[:, None].float() for peak in peaks.values())
+    chosen = pick(run_of(source, classes=tuple(peaks)), farthest, given, 1)
+    assert [rows.tolist() for rows in chosen] == [[24 + 7], [3]]
+
+
+@pytest.mark.parametrize("rule", ["kmeans", "kcenter", "herding", "representative"])
+def test_choosing_is_picking_by_the_features_of_the_network(source, rule):
+    given = list(class_features(run_of(source), RANDOM))
+    for chosen, picked in zip(
+        choose(run_of(source), rule, RANDOM, 4), pick(run_of(source), rule, given, 4), strict=True
+    ):
+        assert torch.equal(chosen, picked)
+
+
+def test_a_choice_does_not_depend_on_the_other_classes(source):
+    given = list(class_features(run_of(source), RANDOM))
+    together = pick(run_of(source), "representative", given, 5)
+    (alone,) = pick(run_of(source, classes=(1,)), "representative", given[1:2], 5)
+    assert torch.equal(alone, together[1])
+
+
+def test_features_that_are_no_row_for_each_image_are_refused(source):
+    with pytest.raises(ShapeMismatch, match=r"features of class 'green' has shape \(11, 1\), expected \(12, D\)"):
+        pick(run_of(source), "herding", [torch.zeros(12, 1), torch.zeros(11, 1), torch.zeros(12, 1)], 2)
 
 
 def test_mistakes_are_named(source):

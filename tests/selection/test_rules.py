@@ -9,7 +9,15 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch
-from dsdistill.selection import RULES, herding_indices, k_center_indices, k_means, k_means_indices
+from dsdistill.selection import (
+    RULES,
+    herding_indices,
+    k_center_indices,
+    k_means,
+    k_means_indices,
+    representative,
+    representative_indices,
+)
 
 LINE = torch.tensor([[0.0], [1.0], [2.0], [10.0]])
 
@@ -89,8 +97,39 @@ def test_k_means_shows_the_largest_cluster_first():
 
 
 def test_a_row_nearest_to_two_centres_is_chosen_once(monkeypatch):
-    monkeypatch.setattr(k_means, "_centres", lambda *_: torch.tensor([[1.0], [1.1], [9.0]]))
+    monkeypatch.setattr(k_means, "k_means_centres", lambda *_: torch.tensor([[1.0], [1.1], [9.0]]))
     assert k_means_indices(LINE, 3, seeded()).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("count", [11, 12, 19, 20, 35, 40])
+def test_representative_rows_are_shares_of_ten_clusters(count):
+    """Each centre in turn takes its nearest row that is left: equal shares, the remainder to the largest clusters."""
+    points = rows(40)
+    found = KMeans(10, n_init=1, random_state=int(torch.randint(2**31 - 1, (), generator=seeded(5)))).fit(
+        points.numpy()
+    )
+    sizes = [int((found.labels_ == c).sum()) for c in range(10)]
+    order = sorted(range(10), key=lambda c: -sizes[c])
+    shares = {c: count // 10 + (place < count % 10) for place, c in enumerate(order)}
+    left, wanted = set(range(40)), []
+    for turn in range(max(shares.values())):  # best first: every cluster is shown before one is shown twice
+        for c in order:
+            if turn < shares[c]:
+                centre = torch.from_numpy(found.cluster_centers_[c])
+                wanted.append(min(left, key=lambda i: float((points[i] - centre).norm())))
+                left.remove(wanted[-1])
+    assert representative_indices(points, count, seeded(5)).tolist() == wanted
+
+
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_few_representative_rows_are_those_of_k_means(count):
+    points = rows(40)
+    assert torch.equal(representative_indices(points, count, seeded()), k_means_indices(points, count, seeded()))
+
+
+def test_a_representative_row_may_lie_in_another_cluster(monkeypatch):
+    monkeypatch.setattr(representative, "k_means_centres", lambda *_: torch.tensor([[0.0], [9.0]]))
+    assert representative_indices(LINE, 4, seeded()).tolist() == [0, 3, 1, 2]
 
 
 def test_k_means_draws_from_the_generator_alone():

@@ -1,0 +1,121 @@
+"""Experts trained ahead of the runs that use them."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from methods.stepping import run_of
+
+import dsdistill as dd
+from dsdistill import train_experts
+from dsdistill.data.cache import cache_folder
+from dsdistill.errors import BadData, DeviceUnavailable, InvalidSetting, Stopped
+from dsdistill.evaluation.experts import score_experts
+from dsdistill.experts import Experts, PlainTraining, Trajectories, estimate_experts
+from dsdistill.experts.trainer import Trainer
+from dsdistill.networks import NetworkSpec
+
+SMALL = NetworkSpec(width=4, depth=1)
+EXPERTS = Experts(count=2, training=PlainTraining(epochs=3, batch_size=12, lr=0.5))
+
+
+def test_experts_made_ahead_are_those_of_a_run(source, tmp_path):
+    made = train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    alone = Trajectories(run_of(source), EXPERTS, SMALL, 3)
+    assert (made.epochs, made.count) == (3, 2)
+    assert made.nbytes == sum(path.stat().st_size for path in made.folder.glob("*.safetensors"))
+    for index in range(2):
+        assert torch.equal(made.snapshots(index, range(4)), alone.snapshots(index, range(4)))
+    assert train_experts(source, EXPERTS, SMALL, epochs=1, store=str(tmp_path), device="cpu").folder == made.folder
+
+
+def test_without_a_store_it_is_the_cache(source):
+    made = train_experts(source, EXPERTS, SMALL, epochs=1, device="cpu")
+    assert made.folder.is_relative_to(cache_folder())
+
+
+def test_an_estimate_writes_nothing_and_knows_what_is_there(source, tmp_path):
+    cost = estimate_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())
+    assert (cost.count, cost.epochs, cost.device) == (2, 3, "cpu")
+    assert cost.seconds > 0
+    made = train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    assert cost.folder == str(made.folder)
+    headers = sum(8 + int.from_bytes(path.read_bytes()[:8], "little") for path in made.folder.glob("expert*"))
+    assert cost.disk == made.nbytes - headers
+    again = estimate_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    assert (again.seconds, again.disk) == (0, 0)
+    assert f"2 experts of 3 epochs on cpu, beyond those in {made.folder}" in str(again)
+    assert cost.to_json()["disk"] == cost.disk
+
+
+def test_a_signal_ends_it_and_the_same_call_continues(source, tmp_path, monkeypatch):
+    epoch, trained = Trainer.epoch, []
+
+    def signalled(self, experts, pace, **more):
+        epoch(self, experts, pace, **more)
+        trained.append(experts[0].index)
+        if len(trained) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "epoch", signalled)
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM after 4 iterations; state saved in .*experts") as caught:
+        train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    assert caught.value.exit_code == 143
+    made = train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    assert trained == [0, 0, 0, 1, 1, 1]
+    assert caught.value.path == made.folder
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"source": "digits"}, InvalidSetting),
+        ({"experts": PlainTraining()}, InvalidSetting),
+        ({"network": "convnet"}, InvalidSetting),
+        ({"network": NetworkSpec(depth=9)}, InvalidSetting),
+        ({"epochs": 0}, InvalidSetting),
+        ({"epochs": 4}, InvalidSetting),
+        ({"chunk": 0}, InvalidSetting),
+        ({"device": "cuda:99"}, DeviceUnavailable),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(arguments, error, source, tmp_path):
+    given = {"source": source, "experts": EXPERTS, "network": SMALL, "device": "cpu", "store": tmp_path, **arguments}
+    with pytest.raises(error):
+        train_experts(given.pop("source"), **given)
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_the_caller_s_random_numbers_stay(source, tmp_path):
+    before = torch.get_rng_state()
+    train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_their_accuracy_is_that_of_the_last_snapshots(norm, source, tmp_path):
+    spec = NetworkSpec(width=4, depth=1, norm=norm)
+    made = train_experts(source, EXPERTS, spec, store=tmp_path, device="cpu")
+    score = score_experts(made, source)
+    images, targets = source.test.gather(torch.arange(15)), source.test.targets
+    for index, found in enumerate(score.values):
+        logits = made.network(made.snapshots(index, [3])[0], images)
+        assert found == pytest.approx(float((logits.argmax(1) == targets).float().mean()))
+    assert score.n == 2
+    assert score_experts(made, source, most=1).values == score.values[:1]
+    with pytest.raises(BadData):
+        score_experts(made, source.train_only())
+
+
+def test_networks_with_dropout_stay_students(source, tmp_path):
+    made = train_experts(source, EXPERTS, NetworkSpec("timm:test_resnet"), epochs=1, store=tmp_path, device="cpu")
+    for part in made.network.module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.5
+    score_experts(made, source)
+    assert all(not part.training for part in made.network.module.modules() if isinstance(part, torch.nn.Dropout))
+    assert dd.experts.Experts is Experts

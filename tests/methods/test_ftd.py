@@ -1,0 +1,88 @@
+"""FTD: what it adds to trajectory matching, flat experts and the moving average."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from methods.stepping import begin, run_of
+
+from dsdistill import synthesize
+from dsdistill.experts import Experts, FlatTraining
+from dsdistill.methods import FTD, FYI, MTT
+from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Mirrored, Tiled
+
+SMALL = NetworkSpec(width=4, depth=1)
+FEW = Experts(count=2, training=FlatTraining(epochs=3, batch_size=12, lr=0.05))
+METHOD = FTD(
+    ipc=2,
+    iterations=5,
+    student_steps=2,
+    max_start_epoch=2,
+    lr_images=5.0,
+    average=0.8,
+    network=SMALL,
+    experts=FEW,
+)
+
+
+def test_the_average_follows_the_images(source):
+    run = run_of(source)
+    state = begin(METHOD, run)
+    expected = state.images.pixels.detach().clone()
+    assert torch.equal(state.extras["average"].pixels, expected)
+    for iteration in range(4):
+        METHOD.step(run, state, iteration)
+        expected = 0.8 * expected + 0.2 * state.images.pixels.detach()
+        assert torch.allclose(state.extras["average"].pixels, expected, atol=1e-6)
+    assert not torch.allclose(expected, state.images.pixels, atol=1e-4)
+
+
+def test_the_average_of_images_that_stand_still_has_a_closed_form():
+    from dsdistill.methods.ftd import _follow_slowly
+
+    slow, fast = torch.nn.Linear(3, 1).double(), torch.nn.Linear(3, 1).double()
+    start = slow.weight.detach().clone()
+    for _ in range(200):
+        _follow_slowly(slow, fast, 0.99)
+    assert torch.allclose(slow.weight, fast.weight + 0.99**200 * (start - fast.weight), atol=1e-12)
+
+
+def test_the_images_learn_as_in_mtt_with_the_same_experts(source):
+    plain = MTT(**{field.name: getattr(METHOD, field.name) for field in fields(MTT)})
+    made = [synthesize(method, source, progress=False) for method in (replace(METHOD, store="last"), plain)]
+    assert torch.equal(made[0].tensors()[0], made[1].tensors()[0])
+
+
+@pytest.mark.parametrize("form", [METHOD.form, Tiled(factor=2)], ids=["pixels", "tiles"])
+def test_what_is_stored(source, form):
+    method = replace(METHOD, form=form)
+    run = run_of(source)
+    state = begin(method, run)
+    for iteration in range(3):
+        method.step(run, state, iteration)
+    average, last = state.extras["average"].pixels.clone(), state.images.pixels.detach().clone()
+    assert torch.equal(method.finish(run, state).images.pixels.detach(), average)
+    assert torch.equal(replace(method, store="last").finish(run, state).images.pixels.detach(), last)
+    assert torch.equal(state.images.pixels, last)
+
+
+@pytest.mark.parametrize("store", ["images", "pairs"])
+def test_the_average_is_stored_under_fyi_too(source, store):
+    method = FYI(base=METHOD, store=store)
+    run = run_of(source)
+    state = begin(method, run)
+    for iteration in range(3):
+        method.step(run, state, iteration)
+    made = method.finish(run, state)
+    stored = made.images.base if store == "pairs" else made.images
+    assert isinstance(made.images, Mirrored) is (store == "pairs")
+    assert torch.equal(stored.pixels.detach(), state.extras["average"].pixels)
+
+
+def test_presets_are_those_of_the_authors():
+    row = FTD.preset("cifar10/ipc1")
+    assert (row.average, row.experts.training.alpha, row.experts.training.rho) == (0.9999, 0.3, 0.01)
+    assert FTD.preset("cifar100/ipc50").batch_size == 1000
+    for name in FTD.presets:
+        assert FTD.preset(name).last_epoch <= FTD.preset(name).experts.training.epochs

@@ -1,0 +1,176 @@
+"""MTT against a plain program: every step's graph kept, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from methods.following import followed, gap
+from methods.stepping import begin, run_of
+
+from dsdistill import synthesize
+from dsdistill.augmentations import Siamese
+from dsdistill.data import ImageSource
+from dsdistill.experts import Experts, PlainTraining
+from dsdistill.methods import FYI, MTT
+from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Mirrored, Tiled
+from dsdistill.testing import check_synthesizer
+
+SMALL = NetworkSpec(width=4, depth=1)
+FEW = Experts(count=2, training=PlainTraining(epochs=4, batch_size=12, lr=0.05))
+PLAIN = MTT(
+    ipc=2,
+    iterations=4,
+    student_steps=4,
+    max_start_epoch=3,
+    batch_size=4,
+    lr_images=2.0,
+    lr_student=0.05,
+    lr_lr=1e-3,
+    network=SMALL,
+    augmentation=None,
+    experts=FEW,
+)
+VIEWED = replace(PLAIN, augmentation=Siamese())
+
+
+def gradients_of(method, run, state, iteration):
+    """What a step leaves behind: of pixels, and of the step size."""
+    method.step(run, state, iteration)
+    return [parameter.grad.clone() for parameter in state.images.parameters()], state.extras["lr"].raw.grad.clone()
+
+
+@pytest.mark.parametrize("backward", ["sweep", "unroll", "forward"])
+@pytest.mark.parametrize(
+    "method",
+    [PLAIN, VIEWED, replace(VIEWED, batch_size=None), replace(VIEWED, form=Tiled(factor=2)), FYI(base=VIEWED)],
+    ids=["plain", "viewed", "whole", "tiles", "mirrored"],
+)
+def test_a_step_equals_the_formula(source, method, backward):
+    inner = getattr(method, "base", method)
+    inner = replace(inner, backward=backward)
+    method = replace(method, base=inner) if isinstance(method, FYI) else inner
+    run = run_of(source, chunk=6)
+    state, twin = begin(method, run), begin(method, run)
+    segment = inner.segment(run, 1)
+    start, target = segment.after(0, inner.expert_epochs)
+    path, images, _, rate = followed(inner, run, twin, 1, start)
+    loss = gap(path[-1], start, target)
+    of_images, of_rate = torch.autograd.grad(loss, (images, rate))
+    twin.images.decode().images.backward(of_images.float())
+    pixels, step_size = gradients_of(method, run, state, 1)
+    for found, parameter in zip(pixels, twin.images.parameters(), strict=True):
+        assert torch.allclose(found, parameter.grad, rtol=1e-3, atol=1e-4 * float(parameter.grad.abs().max()))
+    assert float(step_size) == pytest.approx(float(of_rate), rel=1e-3)
+
+
+def test_a_step_moves_pixels_and_step_size_against_their_gradients(source):
+    run = run_of(source)
+    state = begin(PLAIN, run)
+    before, rate = state.images.decode().images.detach().clone(), state.extras["lr"].raw.detach().clone()
+    told = PLAIN.step(run, state, 0)
+    pixels = next(state.images.parameters())
+    assert torch.allclose(pixels, before - 2.0 * pixels.grad, atol=1e-6)
+    raw = state.extras["lr"].raw
+    assert torch.allclose(raw, rate - 1e-3 * raw.grad)
+    assert set(told) == {"loss", "lr", "start_epoch"}
+    assert told["lr"].item() == state.extras["lr"]().item()
+
+
+def test_the_truncated_gradient_is_another_one_but_for_a_single_step(source):
+    for steps, same in ((1, True), (4, False)):
+        run, found = run_of(source), []
+        for backward in ("sweep", "truncated"):
+            method = replace(PLAIN, student_steps=steps, backward=backward)
+            found.append(gradients_of(method, run, begin(method, run), 0)[0][0])
+        assert torch.allclose(*found, rtol=1e-4, atol=1e-8) is same
+
+
+def test_the_chunk_is_no_matter(source):
+    found = []
+    for chunk in (2, 1000):
+        run = run_of(source, chunk=chunk)
+        found.append(gradients_of(VIEWED, run, begin(VIEWED, run), 0)[0][0])
+    assert torch.allclose(*found, rtol=1e-3, atol=1e-6)
+
+
+def test_mirroring_images_that_are_their_own_mirror_image_changes_nothing(source):
+    run, found = run_of(source), []
+    for method in (replace(PLAIN, batch_size=None), FYI(base=replace(PLAIN, batch_size=None))):
+        state = begin(method, run)
+        with torch.no_grad():
+            for parameter in state.images.parameters():
+                parameter.copy_((parameter + parameter.flip(3)) / 2)
+        loss = method.step(run, state, 0)["loss"]
+        found.append(torch.stack([loss, state.extras["lr"].raw.grad]))
+    assert torch.allclose(*found, rtol=1e-4)
+
+
+def test_flipping_some_of_the_images_changes_nothing_where_all_are_mirrored(source):
+    run, found = run_of(source), []
+    method = FYI(base=replace(PLAIN, batch_size=None))
+    for flipped in ([], [0, 3]):
+        state = begin(method, run)
+        assert isinstance(state.images, Mirrored)
+        with torch.no_grad():
+            for parameter in state.images.parameters():
+                parameter[flipped] = parameter[flipped].flip(3)
+        found.append(method.step(run, state, 0)["loss"])
+    assert torch.allclose(*found, rtol=1e-4)
+
+
+def test_flips_are_left_out_where_they_change_the_class(source):
+    always = replace(PLAIN, augmentation=Siamese(ops=("flip",)))
+    found = []
+    for mirror_safe in (True, False):
+        data = ImageSource("toy", source.classes, source.images, source.targets, mirror_safe=mirror_safe)
+        run = run_of(data)
+        found.append(gradients_of(always, run, begin(always, run), 0)[0][0])
+    plain = gradients_of(PLAIN, run, begin(PLAIN, run), 0)[0][0]
+    assert torch.equal(found[1], plain)
+    assert not torch.equal(found[0], plain)
+
+
+def test_the_set_carries_its_step_size(source):
+    made = synthesize(PLAIN, source, progress=False)
+    assert made.learned["lr"].shape == ()
+    assert float(made.learned["lr"]) > 0
+    assert float(made.learned["lr"]) != pytest.approx(0.05, abs=1e-9)
+
+
+def test_soft_labels_are_learned(source):
+    method = replace(PLAIN, labels="soft", lr_labels=50.0)
+    run = run_of(source)
+    state = begin(method, run)
+    before = state.labels.logits.detach().clone()
+    method.step(run, state, 0)
+    assert not torch.equal(before, state.labels.logits)
+    assert torch.allclose(state.labels.logits.grad.sum(1), torch.zeros(6), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labels": "soft"},
+        {"backward": "unroll"},
+        {"backward": "forward"},
+        {"backward": "truncated"},
+        {"form": Tiled(factor=2), "augmentation": Siamese()},
+        {"form": Tiled(factor=3, bound=9), "ipc": 3, "on_small_class": "duplicate"},
+        {"network": NetworkSpec("mlp", width=6)},
+        {"network": replace(SMALL, norm="batch")},
+        {"experts": replace(FEW, precision="float16")},
+    ],
+    ids=str,
+)
+def test_mtt_keeps_the_contract_in_all_its_variants(changes):
+    assert len(check_synthesizer(replace(PLAIN, **changes))) == 9
+
+
+def test_presets_are_those_of_the_authors():
+    row = MTT.preset("cifar10/ipc10")
+    assert (row.student_steps, row.expert_epochs, row.max_start_epoch) == (30, 2, 20)
+    assert (row.lr_images, row.lr_lr, row.lr_student, row.batch_size) == (100, 1e-5, 1e-3, None)
+    assert MTT.preset("cifar100/ipc1").expert_epochs == 3
+    assert MTT.preset("cifar100/ipc50").batch_size == 125
+    assert MTT.preset("cifar10/ipc1/tesla").backward == "truncated"
