@@ -112,6 +112,7 @@ def _family(result: Json) -> list[list[str]]:
             row["method"],
             f"{row['protocol']}, {result['protocols'][row['protocol']]['epochs']} epochs",
             f"{statistics.mean(row['seconds']):.0f} s",
+            f"{row['loss'][0]:.3g} to {row['loss'][1]:.3g}" if row.get("loss") else "",
             _percent(row["accuracy"]),
             gain(row["gain_over_random"]),
             gain(row["gain_over_base"]),
@@ -144,6 +145,25 @@ def _peak(result: Json) -> list[list[str]]:
             f"{row['seconds']:.0f} s",
         ]
         for row in result["rows"]
+    ]
+
+
+def _unroll(result: Json) -> list[list[str]]:
+    def over_steps(values: list[float], form: str) -> str:
+        return " / ".join(format(value, form) for value in values)
+
+    return [
+        [
+            result["title"] if way is result["ways"][0] else "",
+            way["backward"],
+            over_steps(way["steps"], "d"),
+            over_steps(way["peak_mib"], ",.0f"),
+            f"**{way['growth']:.2f}x**, {way['mib_per_step']:.1f} MiB per step",
+            over_steps([statistics.median(values) for values in way["seconds"]], ".3g"),
+            over_steps(result["slowdown"].get(way["backward"], []), ".2f"),
+            str(len(way["seconds"][0])),
+        ]
+        for way in result["ways"]
     ]
 
 
@@ -196,7 +216,7 @@ _TABLES = {
     "family": (
         "Methods under one evaluator: test accuracy in %, ± half of the 95 % interval over synthesis seeds; gains are "
         "paired by seed, over random real images and (FYI) over the method that is wrapped:",
-        ["what", "method", "protocol", "synthesis", "accuracy", "over random", "over base", "seeds x networks"],
+        ["what", "method", "protocol", "synthesis", "loss", "accuracy", "over random", "over base", "seeds x networks"],
         _family,
     ),
     "speed": (
@@ -218,6 +238,12 @@ _TABLES = {
         "Peak memory of a step in GiB, with the method's own batches:",
         ["what", "method", "chunk", "peak", "time, preparation cut short"],
         _peak,
+    ),
+    "unroll": (
+        "Gradient through T steps of a student, each way: what a call takes at its peak in MiB (and the last over the "
+        "first), median seconds, and these over those of the whole unroll:",
+        ["what", "gradient", "T", "peak", "growth", "seconds", "of unroll's", "n"],
+        _unroll,
     ),
     "memory": (
         "Peak memory in MiB over the number of images:",

@@ -187,14 +187,15 @@ class Quality(Record):
 class FamilyRow(_Strict):
     """A method under a protocol. Scores are over synthesis seeds; a seed counts once, with the mean of its networks.
 
-    ``seconds`` of each synthesis; gains are paired by seed, over the row "RandomReal" and (of a wrapper) over the
-    method that is wrapped.
+    ``seconds`` of each synthesis, ``loss`` of its first and last steps (where it is told); gains are paired by seed, over
+    the row "RandomReal" and (of a wrapper) over the method that is wrapped.
     """
 
     method: str
     settings: dict[str, Any]
     protocol: str
     seconds: list[Positive]
+    loss: tuple[float, float] | None = None
     accuracy: Scores
     gain_over_random: Scores | None
     gain_over_base: Scores | None
@@ -393,7 +394,82 @@ class Sweep(Record):
         return self
 
 
-AnyResult = Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep
+class UnrollWay(_Strict):
+    """A way to differentiate through T steps. At each of ``steps``: MiB that a call takes at its peak, seconds of each.
+
+    ``growth`` is the last peak over the first, ``mib_per_step`` the slope between them.
+    """
+
+    backward: str
+    steps: list[Annotated[int, Field(ge=1)]]
+    peak_mib: list[Positive]
+    seconds: list[Annotated[list[Positive], Field(min_length=1)]]
+    growth: Positive
+    mib_per_step: float
+
+    @classmethod
+    def of(
+        cls, backward: str, steps: Sequence[int], peak_mib: Sequence[float], seconds: Sequence[Sequence[float]]
+    ) -> Self:
+        """The way measured at each of ``steps``, ascending."""
+        growth, slope = _grown(steps, peak_mib)
+        times = [list(values) for values in seconds]
+        return cls(
+            backward=backward,
+            steps=list(steps),
+            peak_mib=list(peak_mib),
+            seconds=times,
+            growth=growth,
+            mib_per_step=slope,
+        )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.seconds) != len(self.steps):
+            raise ValueError(f"{self.backward!r} has no times for each of its steps")
+        if not _close((self.growth, self.mib_per_step), _grown(self.steps, self.peak_mib)):
+            raise ValueError(f"the growth of {self.backward!r} does not follow from its peaks")
+        return self
+
+
+class Unroll(Record):
+    """Memory and time of ways to differentiate through training, over its length, on equal data.
+
+    ``slowdown`` is the median time of a way over that of "unroll", at each length; ``other_load`` as in `Speed`.
+    """
+
+    kind: Literal["unroll"] = "unroll"
+    settings: dict[str, Any]
+    other_load: Annotated[float, Field(ge=0)]
+    ways: Annotated[list[UnrollWay], Field(min_length=1)]
+    slowdown: dict[str, list[Positive]]
+    equality: Annotated[list[Equality], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        expected = slowdowns(self.ways)
+        pairs = [(self.slowdown.get(name), values) for name, values in expected.items()]
+        if len(pairs) != len(self.slowdown) or any(said is None or not _close(said, made) for said, made in pairs):
+            raise ValueError("'slowdown' does not follow from the seconds")
+        return self
+
+
+def slowdowns(ways: Sequence[UnrollWay]) -> dict[str, list[float]]:
+    """Median seconds of each way over those of "unroll" at the same length; empty without that.
+
+    Raises:
+        ValueError: ways were measured at different lengths.
+    """
+    if len({tuple(way.steps) for way in ways}) > 1:
+        raise ValueError("ways were measured at different lengths")
+    medians = {way.backward: [statistics.median(values) for values in way.seconds] for way in ways}
+    base = medians.pop("unroll", None)
+    return {
+        name: [one / other for one, other in zip(values, base, strict=True)] for name, values in medians.items() if base
+    }
+
+
+AnyResult = Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep | Unroll
 Result = Annotated[AnyResult, Field(discriminator="kind")]
 RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
 
@@ -416,6 +492,12 @@ def _growth(images: Sequence[int], peak_mib: Sequence[float]) -> float:
     if len(images) < 2 or len(images) != len(peak_mib) or list(images) != sorted(set(images)):
         raise ValueError("growth needs two sets or more, ascending, and a peak for each")
     return (peak_mib[-1] - peak_mib[0]) * 2**20 / (images[-1] - images[0])
+
+
+def _grown(steps: Sequence[int], peak_mib: Sequence[float]) -> tuple[float, float]:
+    if len(steps) < 2 or len(steps) != len(peak_mib) or list(steps) != sorted(set(steps)):
+        raise ValueError("growth needs two lengths or more, ascending, and a peak for each")
+    return peak_mib[-1] / peak_mib[0], (peak_mib[-1] - peak_mib[0]) / (steps[-1] - steps[0])
 
 
 def _close(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -11,11 +11,14 @@ Plans: "short" for two CPU cores, every method with about the same time; "publis
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import dsdistill as dd
 from benchmarks.quality.cifar10_dm import slug
@@ -34,11 +37,15 @@ RANDOM = "RandomReal"
 
 @dataclass(frozen=True)
 class Row:
-    """A method under a protocol: by seed the mean accuracy of its networks, and the seconds of its syntheses."""
+    """A method under a protocol: by seed the mean accuracy of its networks, and the seconds of its syntheses.
+
+    ``loss`` is the mean over seeds of that of the first and of the last tenth of the steps, where there are any.
+    """
 
     method: Synthesizer
     accuracy: tuple[float, ...]
     seconds: tuple[float, ...]
+    loss: tuple[float, float] | None
 
 
 def parse() -> argparse.Namespace:
@@ -46,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", default="digits", help="digits, or an image folder or name looked up in DSDISTILL_DATA"
     )
+    parser.add_argument("--per_class", type=int, help="take the first so many training images of each class alone")
     parser.add_argument("--jpeg", action="store_true", help="the images went through JPEG; shown beside every figure")
     parser.add_argument("--plan", choices=PLANS, default="digits")
     parser.add_argument("--ipc", type=int, default=10)
@@ -66,17 +74,21 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     asked = {name: value for name, value in vars(options).items() if name in ("seeds", "networks", "epochs")}
+    part = f"{options.per_class}per-class" if options.per_class else ""
     plan: Plan = replace(PLANS[options.plan], **asked)
     device, started = resolve_device(options.device), commit()
-    source = dd.data.load(options.data, device=device)
+    source = first_of_each_class(dd.data.load(options.data, device=device), options.per_class)
     methods = plan.methods(options.ipc)
     chosen = {name: methods[name] for name in dict.fromkeys([RANDOM, *(options.methods or methods)])}
     protocols = {name: plan.protocol(name) for name in options.protocols}
-    folder = options.runs / f"matching-{slug(source.name)}-{options.plan}-ipc{options.ipc}"
+    folder = options.runs / "-".join(
+        word for word in ("matching", slug(source.name), part, options.plan, f"ipc{options.ipc}") if word
+    )
     rows = {name: scored(method, source, plan, protocols, folder / slug(name)) for name, method in chosen.items()}
     content = {
         "kind": "family",
-        "title": f"{source.name}{' (JPEG)' if options.jpeg else ''}, IPC {options.ipc}, plan {options.plan!r}",
+        "title": f"{source.name}{' (JPEG)' if options.jpeg else ''}, "
+        f"{f'{options.per_class} images per class, ' if part else ''}IPC {options.ipc}, plan {options.plan!r}",
         "data": {
             "name": source.name,
             "fingerprint": source.fingerprint,
@@ -89,10 +101,18 @@ def main() -> None:
         "protocols": {name: to_dict(protocol) for name, protocol in protocols.items()},
         "rows": [line for name in protocols for line in lines(name, {key: row[name] for key, row in rows.items()})],
     }
-    words = ["quality-matching", slug(source.name), options.plan, f"ipc{options.ipc}", options.tag, device.type]
+    words = ["quality-matching", slug(source.name), part, options.plan, f"ipc{options.ipc}", options.tag, device.type]
     path = options.results / f"{'-'.join(word for word in words if word)}.json"
     write_result(path, content, seed=0, started=started, device=device)
     print(f"written to {path}")
+
+
+def first_of_each_class(source: ImageSource, count: int | None) -> ImageSource:
+    """The source with the first ``count`` training images of each class, or as it is."""
+    if count is None:
+        return source
+    starts = zip(source.offsets, source.counts, strict=False)
+    return source.subset(torch.cat([torch.arange(first, first + min(count, there)) for first, there in starts]))
 
 
 def scored(
@@ -100,15 +120,16 @@ def scored(
 ) -> dict[str, Row]:
     """A row for each protocol; what is found in ``folder`` is not made again."""
     accuracy: dict[str, list[float]] = {name: [] for name in protocols}
-    seconds = []
+    seconds, losses = [], []
     for seed in range(plan.seeds):
         out = folder / f"seed{seed}"
         clock = out.with_suffix(".seconds.json")
         begin = time.perf_counter()
-        made = dd.synthesize(method, source, seed=seed, device=source.device, out=out)
+        made = dd.synthesize(method, source, seed=seed, device=source.device, out=out, store=folder.parent / "store")
         if not clock.exists():  # of a run that was interrupted, it is the time of its last part
             storage.write_json(clock, {"seconds": time.perf_counter() - begin})
         seconds.append(storage.read_json(clock)["seconds"])
+        losses.append(ends_of_loss(out / "run" / "metrics.jsonl"))
         for name, protocol in protocols.items():
             kept = out.with_suffix(f".{slug(name)}-{protocol.epochs}-{plan.networks}.json")
             if not kept.exists():
@@ -119,7 +140,17 @@ def scored(
             accuracy[name].append(sum(values) / len(values))
     for name, values in accuracy.items():
         print(f"{method.title:16s} {name:5s} {Score(tuple(values))}  {sum(seconds) / len(seconds):.0f} s", flush=True)
-    return {name: Row(method, tuple(values), tuple(seconds)) for name, values in accuracy.items()}
+    ends = [one for one in losses if one is not None]
+    loss = (statistics.mean(one for one, _ in ends), statistics.mean(one for _, one in ends)) if ends else None
+    return {name: Row(method, tuple(values), tuple(seconds), loss) for name, values in accuracy.items()}
+
+
+def ends_of_loss(log: Path) -> tuple[float, float] | None:
+    """Mean loss of the first and of the last tenth of the steps of a run, or None where it has none."""
+    told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    values = [one["loss"] for one in told if "loss" in one]
+    tenth = -(-len(values) // 10)
+    return (statistics.mean(values[:tenth]), statistics.mean(values[-tenth:])) if values else None
 
 
 def lines(protocol: str, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
@@ -130,6 +161,7 @@ def lines(protocol: str, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
             "settings": to_dict(row.method),
             "protocol": protocol,
             "seconds": list(row.seconds),
+            "loss": row.loss,
             "accuracy": Score(row.accuracy).to_json(),
             "gain_over_random": None if name == RANDOM else _difference(row, rows[RANDOM]),
             "gain_over_base": _difference(row, rows[base]) if (base := _base(name)) in rows else None,

@@ -6,7 +6,25 @@ from dataclasses import dataclass, replace
 from dsdistill.augmentations import flip_first
 from dsdistill.engine import Synthesizer
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
-from dsdistill.methods import DC, DM, DSA, FYI, IDC, NCFM, DataDAM, Herding, KCenter, KMeans, RandomReal
+from dsdistill.experts import Experts, FlatTraining, PlainTraining, SmoothTraining
+from dsdistill.matching import TrajectoryMatching
+from dsdistill.methods import (
+    AST,
+    DATM,
+    DC,
+    DM,
+    DSA,
+    FTD,
+    FYI,
+    IDC,
+    MTT,
+    NCFM,
+    DataDAM,
+    Herding,
+    KCenter,
+    KMeans,
+    RandomReal,
+)
 from dsdistill.networks import NetworkSpec
 from dsdistill.parameterizations import Plain
 from dsdistill.selection import Extractor
@@ -44,6 +62,31 @@ def _methods(
     return made
 
 
+def _followed(
+    network: NetworkSpec, ipc: int, shared: Mapping[str, object], average: float, experts: Mapping[str, Experts]
+) -> dict[str, Synthesizer]:
+    """The methods that follow experts; ``experts`` are "plain", "flat" and "smooth" ones."""
+    settings: dict[str, object] = {"ipc": ipc, "network": network, **shared}
+    # Smooth experts have momentum, so their students have too: ten times the way for the same step size.
+    rate = float(shared["lr_student"])  # type: ignore[arg-type]
+    slower = {"lr_student": rate / 6, "lr_lr": float(shared["lr_lr"]) / 10}  # type: ignore[arg-type]
+    return {
+        "MTT": MTT(**settings, experts=experts["plain"]),
+        "FTD": FTD(**settings, experts=experts["flat"], average=average),
+        "AST": AST(**{**settings, **slower}, experts=experts["smooth"]),
+        "DATM": DATM(**settings, experts=experts["flat"], guard=1.1),
+    }
+
+
+def _experts(count: int, epochs: int, batch_size: int, lr: float) -> dict[str, Experts]:
+    shared = {"epochs": epochs, "batch_size": batch_size}
+    return {
+        "plain": Experts(count=count, training=PlainTraining(**shared, lr=lr)),
+        "flat": Experts(count=count, training=FlatTraining(**shared, lr=lr)),
+        "smooth": Experts(count=count, training=SmoothTraining(**shared, lr=lr / 6)),
+    }
+
+
 def _digits(ipc: int) -> dict[str, Synthesizer]:
     """8x8 grey digits: each method for a quarter of a minute or less on two cores; flips change digits, so no FYI."""
     network = NetworkSpec(width=32, depth=2)
@@ -72,11 +115,24 @@ def _digits(ipc: int) -> dict[str, Synthesizer]:
             "lr_images": 0.01,
         },
     }
-    return _methods(network, extractor, settings, ipc)
+    followed = {
+        "iterations": 400,
+        "student_steps": 10,
+        "max_start_epoch": 4,
+        "lr_images": 10.0,
+        "lr_student": 0.05,
+        "lr_lr": 1e-4,
+    }
+    return _methods(network, extractor, settings, ipc) | _followed(
+        network, ipc, followed, 0.98, _experts(5, epochs=5, batch_size=64, lr=0.05)
+    )
 
 
 def _short(ipc: int) -> dict[str, Synthesizer]:
-    """CIFAR-10 with networks of half the usual width: each method for about a minute on one core."""
+    """CIFAR-10 with networks of half the usual width: each method for about a minute on one core.
+
+    Those that follow experts take two, and their experts a few minutes more on a part of the images (``--per_class``).
+    """
     network = NetworkSpec(width=64)
     extractor = Extractor(network=network, training=TrainingRecipe(epochs=1, lr=0.03))
     pretraining = TrainingRecipe(epochs=1, batch_size=128, lr=0.03)
@@ -98,7 +154,16 @@ def _short(ipc: int) -> dict[str, Synthesizer]:
     made = _methods(network, extractor, settings, ipc)
     coded = {"power": 1.0, "network": replace(network, norm="batch")}  # what the authors' code does, with as many steps
     made["DataDAM, repo"] = DataDAM(ipc=ipc, **{**settings["DataDAM"], **coded})
-    wrapped: dict[str, Synthesizer] = {f"FYI+{name}": FYI(base=made[name]) for name in ("DM", "DataDAM", "DSA")}
+    followed = {
+        "iterations": 100,
+        "student_steps": 10,
+        "max_start_epoch": 2,
+        "lr_images": 300.0 * ipc,
+        "lr_student": 0.02,
+        "lr_lr": 1e-6,
+    }
+    made |= _followed(network, ipc, followed, 0.95, _experts(4, epochs=3, batch_size=128, lr=0.02))
+    wrapped: dict[str, Synthesizer] = {f"FYI+{name}": FYI(base=made[name]) for name in ("DM", "DataDAM", "DSA", "MTT")}
     return made | wrapped
 
 
@@ -107,10 +172,18 @@ def _published(ipc: int) -> dict[str, Synthesizer]:
     name = f"cifar10/ipc{ipc}"
     made: dict[str, Synthesizer] = {"RandomReal": RandomReal(ipc=ipc), "KMeans": KMeans(ipc=ipc)}
     made |= {cls.__name__: cls.preset(name) for cls in (DataDAM, DM, DSA, NCFM, DC, IDC)}
+    made |= {cls.__name__: _fewer(cls.preset(name)) for cls in (MTT, FTD, AST, DATM) if name in cls.presets}
+    if "MTT" in made:
+        made["FYI+MTT"] = FYI(base=made["MTT"])
     for base in ("DataDAM", "DM", "DSA"):
         made[f"FYI+{base}"] = FYI(base=made[base])
         made[f"FYI+{base}, flips first"] = FYI(base=replace(made[base], augmentation=flip_first()))
     return made | {"DataDAM, repo": DataDAM.preset(f"{name}/repo")}
+
+
+def _fewer(method: TrajectoryMatching) -> Synthesizer:
+    """With 20 experts instead of 100: the published count takes a day."""
+    return replace(method, experts=replace(method.experts, count=20))
 
 
 PLANS = {

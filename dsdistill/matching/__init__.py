@@ -12,11 +12,13 @@ from dsdistill.matching.gradients import (
 )
 from dsdistill.matching.means import match_means
 from dsdistill.matching.pixels import refuse_whitened, unit_step
+from dsdistill.matching.trajectory import TrajectoryMatching
 from dsdistill.matching.views import ClassViews
 
 __all__ = [
     "ClassViews",
     "GradientCondensation",
+    "TrajectoryMatching",
     "class_positions",
     "class_ranges",
     "gradient_chunk",

@@ -104,10 +104,11 @@ def test_a_worker_calls_once_for_memory_and_then_for_time(benchmark, monkeypatch
 
     monkeypatch.setattr(module, "backpropagate", counted)
     monkeypatch.setattr(module, "extra_memory", lambda call, device: call() and 3 * 2**20)
+    monkeypatch.setattr(module, "_give_back_above", calls.append)
     made = module.work("sweep", Namespace(**OPTIONS, steps=[2]))
     assert made["peak_mib"] == 3.0
     assert len(made["seconds"]) == 2
-    assert calls == [1, 2, 2, 2]
+    assert calls == [1, 2**20, 2, 2**25, 2, 2]
 
 
 def test_extra_memory_is_what_a_call_takes(benchmark):
