@@ -187,7 +187,7 @@ class Quality(Record):
 class FamilyRow(_Strict):
     """A method under a protocol. Scores are over synthesis seeds; a seed counts once, with the mean of its networks.
 
-    ``seconds`` of each synthesis, ``loss`` of its first and last steps (where it is told); gains are paired by seed, over
+    ``seconds`` of each synthesis, ``loss`` of its first and last steps where it is told; gains are paired by seed, over
     the row "RandomReal" and (of a wrapper) over the method that is wrapped.
     """
 

@@ -172,9 +172,10 @@ def _is_method(cls: type[Any]) -> bool:
 def _bases() -> dict[str, type[Any]]:
     """Settings that are given by the name of a class, and what it derives from."""
     from dsdistill.augmentations import Augmentation, Mix
+    from dsdistill.experts import ExpertTraining
     from dsdistill.parameterizations import Form
 
-    return {"form": Form, "augmentation": Augmentation, "mix": Mix}
+    return {"form": Form, "augmentation": Augmentation, "mix": Mix, "training": ExpertTraining}
 
 
 def _concrete(base: type[Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dsdistill.cli.experts import STORE_HELP
 from dsdistill.cli.options import LoadOptions, Verb, data_arguments, load_source, run_arguments, say, split, summary
 from dsdistill.cli.presets import preset_argument
 from dsdistill.core import storage
@@ -44,6 +45,7 @@ def _synthesize_arguments(parser: ArgumentParser) -> None:
         "--dry-run", action="store_true", help="Make the first steps only, write nothing, print what the run will cost."
     )
     run_arguments(parser)
+    parser.add_argument("--store", type=Path | None, default=None, help=STORE_HELP)
     parser.add_argument("--overwrite", action="store_true", help="Replace a run that the output folder already holds.")
     parser.add_argument("--checkpoint_every", type=int, default=100, help="Steps between checkpoints.")
     parser.add_argument(
@@ -56,7 +58,7 @@ def _synthesize(config: Namespace) -> Any:
 
     source = load_source(config)
     if config.dry_run:
-        placed = {"device": config.device, "out": config.out, "chunk": config.chunk}
+        placed = {name: config[name] for name in ("device", "out", "chunk", "store")}
         with _quiet():
             cost = dd.estimate(config.method, source, seed=config.seed, **placed)
         say(config, str(cost))
@@ -70,6 +72,7 @@ def _synthesize(config: Namespace) -> Any:
         overwrite=config.overwrite,
         checkpoint_every=config.checkpoint_every,
         chunk=config.chunk,
+        store=config.store,
     )
     loading = [
         f"--load.{name}={list(value) if isinstance(value, tuple) else value}"

@@ -40,11 +40,10 @@ class Growth:
     def train(self, missing: Sequence[int]) -> None:
         """Train experts, keeping them as they grow."""
         if not missing:
-            logger.info("they are there now")
             return
         groups = self._groups(missing)
         needed, steps = self._bytes(missing), self._steps(groups)
-        self.shelf.require_space(needed)
+        self.shelf.require_space(needed + self._bytes_of_one(missing))  # one is written beside the file it replaces
         logger.info(
             "%d experts are to be trained on the real images up to epoch %d (%s): %s more in %s",
             len(missing),
@@ -113,8 +112,10 @@ class Growth:
         return sum(self.epochs - self._reached(group[0]) for group in groups) * self.trainer.steps_per_epoch
 
     def _bytes(self, missing: Sequence[int]) -> int:
-        whole = file_bytes(self.trainer.fresh(missing[0]), self.epochs)
-        return len(missing) * whole - sum(map(self.shelf.nbytes, missing))
+        return len(missing) * self._bytes_of_one(missing) - sum(map(self.shelf.nbytes, missing))
+
+    def _bytes_of_one(self, missing: Sequence[int]) -> int:
+        return file_bytes(self.trainer.fresh(missing[0]), self.epochs)
 
     def _reached(self, index: int) -> int:
         return self.shelf.reached(index) or 0

@@ -128,6 +128,18 @@ def test_experts_trained_together_are_those_trained_one_by_one(name, norm, sourc
         assert float((one[2] - one[1]).norm()) > 1e-3
 
 
+def test_flips_are_left_out_where_they_change_the_class(source):
+    digits = source.with_mirror_safe(False)
+    flips = replace(RECIPES["plain"], augmentation=Siamese(("flip",)))
+    ends = [
+        Trajectories(run_of(images), Experts(count=1, training=training), SMALL, 1).snapshots(0, [1])
+        for images in (digits, source)
+        for training in (flips, replace(flips, augmentation=None))
+    ]
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[2], ends[3])
+
+
 def test_a_recipe_survives_json():
     for training in RECIPES.values():
         experts = Experts(training=training)

@@ -45,11 +45,10 @@ DAMAGE = {
     "another buffer's": lambda path: relabel(path, buffer="0" * 16),
     "no seal": lambda path: save_file(load_file(path), path),
     "a later version": lambda path: relabel(path, version="2"),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
-@pytest.mark.parametrize("what", [name for name in DAMAGE if name != "a folder"])
+@pytest.mark.parametrize("what", DAMAGE)
 def test_a_damaged_or_foreign_file_is_made_again(what, source, tmp_path, caplog):
     made = trajectories(source, tmp_path)
     wanted = [made.snapshots(index, range(4)) for index in range(2)]
@@ -61,6 +60,16 @@ def test_a_damaged_or_foreign_file_is_made_again(what, source, tmp_path, caplog)
     assert told.startswith(f"this expert is not used, and trained again: {path}")
     assert all(torch.equal(again.snapshots(index, range(4)), wanted[index]) for index in range(2))
     assert shards.check(path).epochs == 3
+
+
+def test_a_whole_file_of_other_experts_is_not_used(source, tmp_path, caplog):
+    made = trajectories(source, tmp_path)
+    wanted = made.snapshots(1, range(4))
+    other = trajectories(source, tmp_path, replace(EXPERTS, seed=1))
+    shutil.copy(other.folder / shards.file_name(1), made.folder)
+    caplog.clear()
+    assert torch.equal(trajectories(source, tmp_path).snapshots(1, range(4)), wanted)
+    assert f"is expert 1 of {other.folder.name}, put here by somebody" in caplog.text
 
 
 def test_what_is_damaged_while_a_run_uses_it_is_refused(source, tmp_path):

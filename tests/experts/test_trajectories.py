@@ -191,6 +191,28 @@ def test_interrupted_experts_continue_to_the_same_bits(training, source, tmp_pat
     assert sorted(epochs) == [([index], epoch) for index in range(2) for epoch in range(6)]  # none was made twice
 
 
+class Noisy(nn.Module):
+    """Draws from the global generator."""
+
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.linear = nn.Linear(shape[0] * shape[1] * shape[2], classes)
+
+    def forward(self, images):
+        return self.linear(images.flatten(1) + torch.randn(1))
+
+
+def test_a_network_that_draws_continues_to_the_same_bits(source, tmp_path):
+    register_network("noisy", Noisy)
+    experts, spec, before = Experts(count=1, training=PLAIN), NetworkSpec("noisy"), torch.get_rng_state()
+    whole = everything(Trajectories(run_of(source), experts, spec, 3))
+    Trajectories(stored(source, tmp_path), experts, spec, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(5)
+    assert torch.equal(everything(Trajectories(stored(source, tmp_path), experts, spec, 3)), whole)
+    torch.set_rng_state(before)
+
+
 def test_an_interrupt_within_an_epoch_loses_that_epoch(source, tmp_path, monkeypatch):
     gather, calls = type(source).gather, []
 
