@@ -119,11 +119,17 @@ def _unknown_class(place: str, name: str) -> str:
     if key == "network":
         unknown = "" if name in list_networks() else _nearest("network", name, list_networks())
         return f"{unknown}\na network is given as --{place}.name NAME; in YAML: network: {{name: NAME}}"
-    bases = _bases()
-    if key not in _METHODS and key not in bases:
+    if key in _METHODS:
+        return _nearest("method", name, list_methods())
+    base = next((base for known, base in _bases().items() if _is_at(place, known)), None)
+    if base is None:
         return f"\n{key} has settings of its own: --{place}.SETTING VALUE"
-    known = list_methods() if key in _METHODS else sorted(_concrete(bases[key]))
-    return _nearest("method" if key in _METHODS else key, name, known)
+    return _nearest(key, name, sorted(_concrete(base)))
+
+
+def _is_at(place: str, known: str) -> bool:
+    """Whether a place ends with a known one, or is its last part alone, as where a verb takes that by itself."""
+    return f".{place}".endswith(f".{known}") or place == known.rpartition(".")[2]
 
 
 def _unknown_field(message: str, name: str) -> str:
@@ -170,12 +176,12 @@ def _is_method(cls: type[Any]) -> bool:
 
 
 def _bases() -> dict[str, type[Any]]:
-    """Settings that are given by the name of a class, and what it derives from."""
+    """Settings that are given by the name of a class, by the end of their place, and what that derives from."""
     from dsdistill.augmentations import Augmentation, Mix
     from dsdistill.experts import ExpertTraining
     from dsdistill.parameterizations import Form
 
-    return {"form": Form, "augmentation": Augmentation, "mix": Mix, "training": ExpertTraining}
+    return {"form": Form, "augmentation": Augmentation, "mix": Mix, "experts.training": ExpertTraining}
 
 
 def _concrete(base: type[Any]) -> dict[str, Any]:
