@@ -122,6 +122,23 @@ def _family(result: Json) -> list[list[str]]:
     ]
 
 
+def _gradients(result: Json) -> list[list[str]]:
+    return [
+        [
+            result["title"] if row is result["rows"][0] else "",
+            row["backward"],
+            f"x {row['factor']:g}",
+            f"{row['iterations']:,} of {row['step_flops'] / 1e9:.3g} GFLOP",
+            f"{statistics.mean(row['seconds']):.0f} s",
+            f"{statistics.mean(row['loss']):.3f}",
+            _percent(row["accuracy"]),
+            _percent(row["difference"], "+") if row["difference"] else "",
+            f"{row['accuracy']['n']} x {result['networks']}",
+        ]
+        for row in result["rows"]
+    ]
+
+
 def _resume(result: Json) -> list[list[str]]:
     late = sum(kill["after_first_step"] for kill in result["kills"])
     outcome = "same bytes as uninterrupted" if result["equal"] else "**different bytes**"
@@ -218,6 +235,13 @@ _TABLES = {
         "paired by seed, over random real images and (FYI) over the method that is wrapped:",
         ["what", "method", "protocol", "synthesis", "loss", "accuracy", "over random", "over base", "seeds x networks"],
         _family,
+    ),
+    "gradients": (
+        "Trajectory matching by the exact gradient (sweep) and the truncated one at equal compute, step sizes times a "
+        "factor: loss at the end, test accuracy in %, ± half of the 95 % interval over synthesis seeds, and difference "
+        "from the first row, paired by seed:",
+        ["what", "gradient", "step sizes", "steps", "synthesis", "loss", "accuracy", "difference", "seeds x networks"],
+        _gradients,
     ),
     "speed": (
         "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",

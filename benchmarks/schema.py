@@ -224,6 +224,51 @@ class Family(Record):
         return self
 
 
+class GradientRow(_Strict):
+    """A way to differentiate through a student's training, its step sizes multiplied by ``factor``.
+
+    ``step_flops``: of convolutions and matrix products in one step. Over synthesis seeds: ``seconds`` of each, its
+    ``loss`` (mean over the last tenth of the steps), accuracies (a seed counts once, with the mean of its networks), and
+    how much more accurate it is than the first row, paired by seed.
+    """
+
+    backward: str
+    factor: Positive
+    settings: dict[str, Any]
+    iterations: Annotated[int, Field(ge=1)]
+    step_flops: Annotated[int, Field(ge=1)]
+    seconds: list[Positive]
+    loss: list[Positive]
+    accuracy: Scores
+    difference: Scores | None
+
+
+class Gradients(Record):
+    """Gradients of one method side by side at equal compute; the first row is what the others are compared with."""
+
+    kind: Literal["gradients"] = "gradients"
+    data: Data
+    ipc: Annotated[int, Field(ge=1)]
+    networks: Annotated[int, Field(ge=1)]
+    protocol: dict[str, Any]
+    rows: Annotated[list[GradientRow], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        first, *others = self.rows
+        if first.difference is not None:
+            raise ValueError("the first row differs from itself")
+        for row in others:
+            if abs(row.iterations * row.step_flops - first.iterations * first.step_flops) > row.step_flops:
+                raise ValueError(f"{row.backward} x{row.factor} did not get as much compute as the first row")
+            differences = [a - b for a, b in zip(row.accuracy.values, first.accuracy.values, strict=True)]
+            if row.difference is None or not _close(row.difference.values, differences):
+                raise ValueError(f"the difference of {row.backward} x{row.factor} is not that of the rows")
+        if any(not len(row.seconds) == len(row.loss) == row.accuracy.n for row in self.rows):
+            raise ValueError("a row has not one time and loss for each seed")
+        return self
+
+
 class Kill(_Strict):
     """One SIGKILL: seconds after the process started, and steps the run had logged by then."""
 
@@ -469,7 +514,7 @@ def slowdowns(ways: Sequence[UnrollWay]) -> dict[str, list[float]]:
     }
 
 
-AnyResult = Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep | Unroll
+AnyResult = Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep | Unroll | Gradients
 Result = Annotated[AnyResult, Field(discriminator="kind")]
 RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
 
