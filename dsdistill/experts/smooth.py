@@ -1,4 +1,4 @@
-"""Experts of AST (Shen et al., Efficient Dataset Distillation via Aligning with Smooth and High-Quality Expert
+"""Experts of AST (Shen et al., AST: Distilling Dataset through Alignment with Smooth and High-Quality Expert
 Trajectories, arXiv 2310.10541), as in its authors' code::
 
     d = ∇ [ s_k ℓ(θ; A(B)) + λ / (B·H·W) Σ_{image, pixel} ( ‖∂ Σ_c f_c(x; θ) / ∂x_pixel‖ − 1 )² ]

@@ -1,5 +1,5 @@
-"""Alignment with smooth experts (Shen, Yang & Zhang, Efficient Dataset Distillation via Smooth-Expert Alignment,
-arXiv 2310.10541).
+"""Alignment with smooth experts (Shen et al., AST: Distilling Dataset through Alignment with Smooth and High-Quality
+Expert Trajectories, arXiv 2310.10541).
 
 Experts with momentum and a schedule are better networks, but a student of plain steps cannot follow them. AST smooths
 their training (`SmoothTraining`) and helps the student (θ_0, T, M, β as in `dsdistill.methods.mtt`)::
@@ -58,7 +58,8 @@ class AST(TrajectoryMatching):
     """Smooth experts: strong experts that can be followed, from representative images, with stops on the way."""
 
     paper: ClassVar[str] = (
-        "Shen, Yang & Zhang, Efficient Dataset Distillation via Smooth-Expert Alignment, arXiv 2310.10541"
+        "Shen et al., AST: Distilling Dataset through Alignment with Smooth and High-Quality Expert Trajectories, "
+        "arXiv 2310.10541"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "cifar100/ipc1": Preset(_README, _row(1, 20, 3, 20, 1000.0)),
