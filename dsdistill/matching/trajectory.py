@@ -12,7 +12,7 @@ L = 1 is a student that stands still. What FTD, AST and DATM change is in their 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -49,6 +49,20 @@ class StepSize(nn.Module):
         """β, a scalar."""
         below = self.initial * (self.raw / self.initial - 1).clamp_max(0).exp()
         return torch.where(self.raw >= self.initial, self.raw, below)
+
+
+def published(
+    ipc: int, student_steps: int, max_start_epoch: int, lr_images: float, lr_lr: float, **more: Any
+) -> dict[str, Any]:
+    """Settings of a row of the papers' tables: budget, T, T⁺, step sizes on images and on β, and what else it says."""
+    return {
+        "ipc": ipc,
+        "student_steps": student_steps,
+        "max_start_epoch": max_start_epoch,
+        "lr_images": lr_images,
+        "lr_lr": lr_lr,
+        **more,
+    }
 
 
 @dataclass(frozen=True)

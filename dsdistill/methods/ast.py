@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Lt
@@ -31,26 +31,12 @@ from torch import Tensor
 
 from dsdistill.engine import Job, Metrics, Preset, Run, State
 from dsdistill.experts import Experts, SmoothTraining
-from dsdistill.matching.trajectory import TrajectoryMatching, distance
+from dsdistill.matching.trajectory import TrajectoryMatching, distance, published
 from dsdistill.networks import FlatNetwork, Outer
 from dsdistill.networks.rules import SGD
 from dsdistill.selection import class_outputs, pick
 
 _README, _SCRIPTS = "README of the authors' code; images loaded with zca='unit'", "scripts of the authors' code"
-
-
-def _row(
-    ipc: int, steps: int, epochs: int, end: int, lr_images: float, lr_lr: float = 1e-5, **more: Any
-) -> dict[str, Any]:
-    return {
-        "ipc": ipc,
-        "student_steps": steps,
-        "expert_epochs": epochs,
-        "max_start_epoch": end,
-        "lr_images": lr_images,
-        "lr_lr": lr_lr,
-        **more,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +48,14 @@ class AST(TrajectoryMatching):
         "arXiv 2310.10541"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "cifar100/ipc1": Preset(_README, _row(1, 20, 3, 20, 1000.0)),
-        "cifar100/ipc1/script": Preset(_SCRIPTS, _row(1, 40, 3, 15, 100.0, balance=False)),
-        "cifar100/ipc10": Preset(_SCRIPTS, _row(10, 20, 2, 30, 1000.0, balance=False, batch_size=128)),
-        "cifar100/ipc50": Preset(_SCRIPTS, _row(50, 80, 2, 40, 1000.0, balance=False, batch_size=700)),
+        "cifar100/ipc1": Preset(_README, published(1, 20, 20, 1000.0, 1e-5, expert_epochs=3)),
+        "cifar100/ipc1/script": Preset(_SCRIPTS, published(1, 40, 15, 100.0, 1e-5, expert_epochs=3, balance=False)),
+        "cifar100/ipc10": Preset(_SCRIPTS, published(10, 20, 30, 1000.0, 1e-5, balance=False, batch_size=128)),
+        "cifar100/ipc50": Preset(_SCRIPTS, published(50, 80, 40, 1000.0, 1e-5, balance=False, batch_size=700)),
         "cifar10/ipc10": Preset(
-            f"{_SCRIPTS}, one of two; images loaded with zca='unit'", _row(10, 30, 2, 20, 100.0, 1e-6, balance=False)
+            f"{_SCRIPTS}, one of two; images loaded with zca='unit'", published(10, 30, 20, 100.0, 1e-6, balance=False)
         ),
-        "tiny_imagenet/ipc1": Preset(_SCRIPTS, _row(1, 10, 2, 10, 10_000.0, 1e-4, balance=False)),
+        "tiny_imagenet/ipc1": Preset(_SCRIPTS, published(1, 10, 10, 10_000.0, 1e-4, balance=False)),
     }
 
     experts: Experts = Experts(training=SmoothTraining())

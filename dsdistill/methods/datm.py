@@ -35,7 +35,7 @@ from dsdistill.engine import Job, Metrics, Preset, Run, State
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts import Experts, FlatTraining, Trajectories
 from dsdistill.labels import Labels, SoftLabels
-from dsdistill.matching.trajectory import TrajectoryMatching, distance
+from dsdistill.matching.trajectory import TrajectoryMatching, distance, published
 from dsdistill.networks import Outer
 from dsdistill.parameterizations import Parameterization
 from dsdistill.selection import class_outputs
@@ -44,30 +44,11 @@ logger = logging.getLogger("dsdistill")
 _SETTINGS = "settings files of the authors' code; images loaded with zca='unit'"
 
 
-def _row(
-    ipc: int,
-    steps: int,
-    window: tuple[int, int | None, int, int | None],
-    batch_size: int | None,
-    lr_images: float,
-    lr_labels: float,
-    lr_lr: float = 1e-5,
-    **more: Any,
+def _with(
+    low: int, first: int | None, grown: int | None, batch_size: int | None, lr_labels: float, **more: Any
 ) -> dict[str, Any]:
-    low, first, high, grown = window
-    return {
-        "ipc": ipc,
-        "student_steps": steps,
-        "min_start_epoch": low,
-        "first_max_start_epoch": first,
-        "max_start_epoch": high,
-        "grown": grown,
-        "batch_size": batch_size,
-        "lr_images": lr_images,
-        "lr_labels": lr_labels,
-        "lr_lr": lr_lr,
-        **more,
-    }
+    window = {"min_start_epoch": low, "first_max_start_epoch": first, "grown": grown}
+    return {**window, "batch_size": batch_size, "lr_labels": lr_labels, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +60,26 @@ class DATM(TrajectoryMatching):
         "arXiv 2310.05773"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "cifar10/ipc1": Preset(_SETTINGS, _row(1, 80, (0, None, 4, None), 10, 100.0, 5.0, 1e-7, guard=1.1)),
-        "cifar10/ipc10": Preset(_SETTINGS, _row(10, 80, (0, 10, 20, 1000), 100, 100.0, 2.0)),
-        "cifar10/ipc50": Preset(_SETTINGS, _row(50, 80, (0, 20, 40, 2000), 500, 1000.0, 2.0)),
-        "cifar10/ipc500": Preset(_SETTINGS, _row(500, 40, (40, None, 60, None), 1000, 50.0, 10.0)),
-        "cifar10/ipc1000": Preset(_SETTINGS, _row(1000, 100, (40, None, 60, None), 1000, 50.0, 10.0)),
-        "cifar100/ipc1": Preset(_SETTINGS, _row(1, 40, (0, 10, 20, 1000), None, 1000.0, 10.0, expert_epochs=3)),
-        "cifar100/ipc10": Preset(_SETTINGS, _row(10, 80, (0, 30, 50, 2000), 1000, 1000.0, 10.0)),
-        "cifar100/ipc50": Preset(_SETTINGS, _row(50, 80, (20, None, 70, None), 1000, 1000.0, 10.0, init="random")),
-        "cifar100/ipc100": Preset(_SETTINGS, _row(100, 80, (30, None, 70, None), 1000, 50.0, 10.0)),
-        "tiny_imagenet/ipc1": Preset(_SETTINGS, _row(1, 40, (0, 15, 20, 2000), None, 10_000.0, 10.0, 1e-4)),
-        "tiny_imagenet/ipc10": Preset(_SETTINGS, _row(10, 40, (10, None, 50, None), 500, 100.0, 10.0, 1e-4)),
-        "tiny_imagenet/ipc50": Preset(_SETTINGS, _row(50, 20, (40, None, 70, None), 1000, 100.0, 10.0, 1e-4)),
+        "cifar10/ipc1": Preset(_SETTINGS, published(1, 80, 4, 100.0, 1e-7, **_with(0, None, None, 10, 5.0, guard=1.1))),
+        "cifar10/ipc10": Preset(_SETTINGS, published(10, 80, 20, 100.0, 1e-5, **_with(0, 10, 1000, 100, 2.0))),
+        "cifar10/ipc50": Preset(_SETTINGS, published(50, 80, 40, 1000.0, 1e-5, **_with(0, 20, 2000, 500, 2.0))),
+        "cifar10/ipc500": Preset(_SETTINGS, published(500, 40, 60, 50.0, 1e-5, **_with(40, None, None, 1000, 10.0))),
+        "cifar10/ipc1000": Preset(_SETTINGS, published(1000, 100, 60, 50.0, 1e-5, **_with(40, None, None, 1000, 10.0))),
+        "cifar100/ipc1": Preset(
+            _SETTINGS, published(1, 40, 20, 1000.0, 1e-5, **_with(0, 10, 1000, None, 10.0, expert_epochs=3))
+        ),
+        "cifar100/ipc10": Preset(_SETTINGS, published(10, 80, 50, 1000.0, 1e-5, **_with(0, 30, 2000, 1000, 10.0))),
+        "cifar100/ipc50": Preset(
+            _SETTINGS, published(50, 80, 70, 1000.0, 1e-5, **_with(20, None, None, 1000, 10.0, init="random"))
+        ),
+        "cifar100/ipc100": Preset(_SETTINGS, published(100, 80, 70, 50.0, 1e-5, **_with(30, None, None, 1000, 10.0))),
+        "tiny_imagenet/ipc1": Preset(_SETTINGS, published(1, 40, 20, 10_000.0, 1e-4, **_with(0, 15, 2000, None, 10.0))),
+        "tiny_imagenet/ipc10": Preset(
+            _SETTINGS, published(10, 40, 50, 100.0, 1e-4, **_with(10, None, None, 500, 10.0))
+        ),
+        "tiny_imagenet/ipc50": Preset(
+            _SETTINGS, published(50, 20, 70, 100.0, 1e-4, **_with(40, None, None, 1000, 10.0))
+        ),
     }
 
     iterations: Annotated[int, Ge(1)] = 10_000

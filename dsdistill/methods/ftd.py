@@ -26,26 +26,15 @@ from torch import nn
 
 from dsdistill.engine import Job, Metrics, Preset, Run, State
 from dsdistill.experts import Experts, FlatTraining
-from dsdistill.matching.trajectory import TrajectoryMatching, distance
+from dsdistill.matching.trajectory import TrajectoryMatching, distance, published
 from dsdistill.networks import Outer
 from dsdistill.synthetic import SyntheticDataset
 
 _TABLE = "table of hyper-parameters of the authors' code; images loaded with zca='unit' where MTT's are"
 
 
-def _row(
-    ipc: int, steps: int, end: int, lr_images: float, lr_lr: float, alpha: float, average: float, **more: Any
-) -> dict[str, Any]:
-    return {
-        "ipc": ipc,
-        "student_steps": steps,
-        "max_start_epoch": end,
-        "lr_images": lr_images,
-        "lr_lr": lr_lr,
-        "experts": Experts(training=FlatTraining(rho=0.01, alpha=alpha)),
-        "average": average,
-        **more,
-    }
+def _with(alpha: float, average: float, **more: Any) -> dict[str, Any]:
+    return {"experts": Experts(training=FlatTraining(rho=0.01, alpha=alpha)), "average": average, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +46,16 @@ class FTD(TrajectoryMatching):
         "arXiv 2211.11004"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "cifar10/ipc1": Preset(_TABLE, _row(1, 50, 2, 100.0, 1e-7, 0.3, 0.9999)),
-        "cifar10/ipc10": Preset(_TABLE, _row(10, 30, 20, 100.0, 1e-5, 0.3, 0.9995, lr_student=0.001)),
-        "cifar10/ipc50": Preset(_TABLE, _row(50, 30, 40, 1000.0, 1e-5, 1.0, 0.999)),
-        "cifar100/ipc1": Preset(_TABLE, _row(1, 40, 20, 1000.0, 1e-5, 1.0, 0.9995, expert_epochs=3)),
-        "cifar100/ipc10": Preset(_TABLE, _row(10, 20, 40, 1000.0, 1e-5, 1.0, 0.9995)),
-        "cifar100/ipc50": Preset(_TABLE, _row(50, 80, 40, 1000.0, 1e-5, 1.0, 0.999, batch_size=1000)),
-        "tiny_imagenet/ipc1": Preset(_TABLE, _row(1, 30, 10, 10_000.0, 1e-4, 1.0, 0.999)),
-        "tiny_imagenet/ipc10": Preset(_TABLE, _row(10, 20, 40, 10_000.0, 1e-4, 1.0, 0.999, batch_size=500)),
+        "cifar10/ipc1": Preset(_TABLE, published(1, 50, 2, 100.0, 1e-7, **_with(0.3, 0.9999))),
+        "cifar10/ipc10": Preset(_TABLE, published(10, 30, 20, 100.0, 1e-5, **_with(0.3, 0.9995, lr_student=0.001))),
+        "cifar10/ipc50": Preset(_TABLE, published(50, 30, 40, 1000.0, 1e-5, **_with(1.0, 0.999))),
+        "cifar100/ipc1": Preset(_TABLE, published(1, 40, 20, 1000.0, 1e-5, **_with(1.0, 0.9995, expert_epochs=3))),
+        "cifar100/ipc10": Preset(_TABLE, published(10, 20, 40, 1000.0, 1e-5, **_with(1.0, 0.9995))),
+        "cifar100/ipc50": Preset(_TABLE, published(50, 80, 40, 1000.0, 1e-5, **_with(1.0, 0.999, batch_size=1000))),
+        "tiny_imagenet/ipc1": Preset(_TABLE, published(1, 30, 10, 10_000.0, 1e-4, **_with(1.0, 0.999))),
+        "tiny_imagenet/ipc10": Preset(
+            _TABLE, published(10, 20, 40, 10_000.0, 1e-4, **_with(1.0, 0.999, batch_size=500))
+        ),
     }
 
     experts: Experts = Experts(training=FlatTraining())

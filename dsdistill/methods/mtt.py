@@ -21,25 +21,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dsdistill.engine import Job, Metrics, Preset, Run, State
-from dsdistill.matching.trajectory import TrajectoryMatching, distance
+from dsdistill.matching.trajectory import TrajectoryMatching, distance, published
 from dsdistill.networks import Outer
 
 _TABLE = "table of hyper-parameters of the authors' code"
 _ZCA = f"{_TABLE}; images loaded with zca='unit'"
-
-
-def _row(
-    ipc: int, steps: int, end: int, lr_images: float, lr_lr: float, lr_student: float = 0.01, **more: Any
-) -> dict[str, Any]:
-    return {
-        "ipc": ipc,
-        "student_steps": steps,
-        "max_start_epoch": end,
-        "lr_images": lr_images,
-        "lr_lr": lr_lr,
-        "lr_student": lr_student,
-        **more,
-    }
 
 
 _TESLA: dict[str, Any] = {"backward": "truncated", "iterations": 10_000}
@@ -54,29 +40,29 @@ class MTT(TrajectoryMatching):
         "Cazenavette et al., Dataset Distillation by Matching Training Trajectories, CVPR 2022, arXiv 2203.11932"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "cifar10/ipc1": Preset(_ZCA, _row(1, 50, 2, 100.0, 1e-7)),
+        "cifar10/ipc1": Preset(_ZCA, published(1, 50, 2, 100.0, 1e-7)),
         "cifar10/ipc10": Preset(
-            f"{_ZCA}; lr_images as its author corrected it", _row(10, 30, 20, 100.0, 1e-5, lr_student=0.001)
+            f"{_ZCA}; lr_images as its author corrected it", published(10, 30, 20, 100.0, 1e-5, lr_student=0.001)
         ),
-        "cifar10/ipc50": Preset(_TABLE, _row(50, 30, 40, 1000.0, 1e-5, lr_student=0.001)),
-        "cifar100/ipc1": Preset(_ZCA, _row(1, 20, 20, 1000.0, 1e-5, expert_epochs=3)),
-        "cifar100/ipc10": Preset(_TABLE, _row(10, 20, 20, 1000.0, 1e-5)),
-        "cifar100/ipc50": Preset(_ZCA, _row(50, 80, 40, 1000.0, 1e-5, batch_size=125)),
-        "tiny_imagenet/ipc1": Preset(_TABLE, _row(1, 10, 10, 10_000.0, 1e-4)),
-        "tiny_imagenet/ipc10": Preset(_TABLE, _row(10, 20, 40, 10_000.0, 1e-4, batch_size=200)),
-        "tiny_imagenet/ipc50": Preset(_TABLE, _row(50, 20, 40, 10_000.0, 1e-4, batch_size=300)),
+        "cifar10/ipc50": Preset(_TABLE, published(50, 30, 40, 1000.0, 1e-5, lr_student=0.001)),
+        "cifar100/ipc1": Preset(_ZCA, published(1, 20, 20, 1000.0, 1e-5, expert_epochs=3)),
+        "cifar100/ipc10": Preset(_TABLE, published(10, 20, 20, 1000.0, 1e-5)),
+        "cifar100/ipc50": Preset(_ZCA, published(50, 80, 40, 1000.0, 1e-5, batch_size=125)),
+        "tiny_imagenet/ipc1": Preset(_TABLE, published(1, 10, 10, 10_000.0, 1e-4)),
+        "tiny_imagenet/ipc10": Preset(_TABLE, published(10, 20, 40, 10_000.0, 1e-4, batch_size=200)),
+        "tiny_imagenet/ipc50": Preset(_TABLE, published(50, 20, 40, 10_000.0, 1e-4, batch_size=300)),
         **{
             f"imagenet_{name}/ipc{ipc}": Preset(
                 f"{_TABLE}; other values of lr_images, up to 1e5, are public too: try some",
-                _row(ipc, 20, 10, 1000.0, 1e-6, batch_size=20 if ipc == 10 else None),
+                published(ipc, 20, 10, 1000.0, 1e-6, batch_size=20 if ipc == 10 else None),
             )
             for name in _SUBSETS
             for ipc in (1, 10)
         },
-        "cifar10/ipc1/tesla": Preset("command of TESLA's code", _row(1, 50, 5, 1000.0, 1e-7, **_TESLA)),
+        "cifar10/ipc1/tesla": Preset("command of TESLA's code", published(1, 50, 5, 1000.0, 1e-7, **_TESLA)),
         "cifar100/ipc50/tesla": Preset(
             "command of TESLA's code; images loaded with zca='unit'",
-            _row(50, 80, 40, 1000.0, 1e-5, batch_size=125, **_TESLA),
+            published(50, 80, 40, 1000.0, 1e-5, batch_size=125, **_TESLA),
         ),
     }
 
