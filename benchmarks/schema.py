@@ -227,9 +227,8 @@ class Family(Record):
 class GradientRow(_Strict):
     """A way to differentiate through a student's training, its step sizes multiplied by ``factor``.
 
-    ``step_flops``: of convolutions and matrix products in one step. Over synthesis seeds: ``seconds`` of each, its
-    ``loss`` (mean over the last tenth of the steps), accuracies (a seed counts once, with the mean of its networks), and
-    how much more accurate it is than the first row, paired by seed.
+    ``step_flops``: of convolutions and matrix products in one step. By synthesis seed: ``seconds``, ``loss`` (mean over
+    the last tenth of the steps), accuracy (mean of the seed's networks), and by how much that is above the first row's.
     """
 
     backward: str
