@@ -117,6 +117,11 @@ class Normalization:
         plain: dict[str, Any] = {"kind": KIND, "mean": list(self.mean), "std": list(self.std)}
         return plain if self.zca is None else plain | {"kind": ZCA_KIND, **self.zca.to_json()}
 
+    def identity(self) -> dict[str, Any]:
+        """Which pixels it makes, up to rounding: plain JSON content, the same on every machine."""
+        plain = self.to_json()
+        return plain if self.zca is None else plain | {"digest": self.zca.fit_digest}
+
     def tensors(self) -> dict[str, Tensor]:
         """Tensors to save beside `to_json`: those of the whitening; empty without it."""
         return {} if self.zca is None else self.zca.tensors()

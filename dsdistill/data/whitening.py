@@ -97,11 +97,16 @@ class Whitening:
     @cached_property
     def digest(self) -> str:
         """sha256 of shape, eps and the three tensors."""
-        header = json.dumps({"shape": list(self.shape), "eps": self.eps}, sort_keys=True)
-        digest = hashlib.sha256(header.encode("ascii") + b"\n")
-        for name in _NAMES:
-            digest.update(getattr(self, name).numpy().astype("<f4", copy=False).tobytes())
-        return digest.hexdigest()
+        return self._digest_of(*_NAMES)
+
+    @cached_property
+    def fit_digest(self) -> str:
+        """sha256 of shape, eps and mean: which images it was fitted on, the same wherever that was done.
+
+        The matrices come out of a decomposition whose last bits depend on the machine and its number of threads; the
+        mean is exact.
+        """
+        return self._digest_of("mean")
 
     @cached_property
     def _placed(self) -> dict[torch.device, tuple[Tensor, ...]]:
@@ -191,6 +196,13 @@ class Whitening:
         transform, inverse = transforms(raw.covariance / stds / stds[:, None], eps)
         logger.info("ZCA whitening fitted on %d images of %d pixels", raw.images, math.prod(shape))
         return cls(standardised.float(), transform.float(), inverse.float(), shape, float(eps))
+
+    def _digest_of(self, *names: str) -> str:
+        header = json.dumps({"shape": list(self.shape), "eps": self.eps}, sort_keys=True)
+        digest = hashlib.sha256(header.encode("ascii") + b"\n")
+        for name in names:
+            digest.update(getattr(self, name).numpy().astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()
 
     def _on(self, images: Tensor) -> tuple[Tensor, ...]:
         """Mean, transform and inverse on the device and in the precision of images."""

@@ -39,13 +39,13 @@ class Learner:
     Args:
         network: without dropout.
         chunk: images that pass at a time, None for all; the gradients of chunks add up.
-        stacked: it is called inside `torch.func.vmap`, where autograd cannot be asked. Elsewhere that is quicker on
-            the CPU, by about a quarter.
+        pure: it is called inside `torch.func.vmap` or compiled, where autograd cannot be asked. Elsewhere that is
+            quicker on the CPU, by about a quarter.
     """
 
     network: FlatNetwork
     chunk: int | None = None
-    stacked: bool = False
+    pure: bool = False
 
     def gradient(self, loss: Callable[..., Tensor], theta: Tensor, *images: Tensor) -> Tensor:
         """Gradient (P,) in θ of ``loss(theta, *images)``, which must be a sum over the rows of its other arguments."""
@@ -56,7 +56,7 @@ class Learner:
         return total
 
     def _of_part(self, loss: Callable[..., Tensor], theta: Tensor, parts: tuple[Tensor, ...]) -> Tensor:
-        if self.stacked:
+        if self.pure:
             gradient: Tensor = torch.func.grad(loss)(theta, *parts)
             return gradient
         leaf = theta.detach().requires_grad_()
@@ -97,8 +97,19 @@ class ExpertTraining(ABC):
         validate(self)
 
     @abstractmethod
-    def direction(self, learner: Learner, theta: Tensor, batch: Batch, epoch: int) -> Tensor:
-        """What a step goes against, (P,), at θ (P,) in ``epoch`` (counted from 0); pure, and without side effects."""
+    def direction(self, learner: Learner, theta: Tensor, batch: Batch, factor: Tensor) -> Tensor:
+        """What a step goes against, (P,), at θ (P,); a pure function, which may be stacked and compiled.
+
+        Args:
+            learner: gives gradients.
+            theta: θ (P,).
+            batch: of real images.
+            factor: `loss_factor` of the epoch, a scalar.
+        """
+
+    def loss_factor(self, epoch: int) -> float:
+        """Factor of the loss during ``epoch`` (counted from 0), for recipes that have one."""
+        return 1.0
 
     def learning_rate(self, epoch: int) -> float:
         """Step size during ``epoch``."""

@@ -36,7 +36,7 @@ class FlatTraining(ExpertTraining):
     adaptive: bool = True
     """Look further along parameters that are large."""
 
-    def direction(self, learner: Learner, theta: Tensor, batch: Batch, epoch: int) -> Tensor:
+    def direction(self, learner: Learner, theta: Tensor, batch: Batch, factor: Tensor) -> Tensor:
         here = learner.slope(theta, batch)
         there = learner.slope(theta + ascent(theta, here, self.rho, adaptive=self.adaptive), batch)
         return there - self.alpha * orthogonal(here, there)

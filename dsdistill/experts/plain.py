@@ -18,5 +18,5 @@ from dsdistill.experts.base import Batch, ExpertTraining, Learner
 class PlainTraining(ExpertTraining):
     """SGD with a constant step size, as for the experts of MTT (arXiv 2203.11932) and TESLA."""
 
-    def direction(self, learner: Learner, theta: Tensor, batch: Batch, epoch: int) -> Tensor:
+    def direction(self, learner: Learner, theta: Tensor, batch: Batch, factor: Tensor) -> Tensor:
         return learner.slope(theta, batch)

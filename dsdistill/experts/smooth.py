@@ -42,8 +42,8 @@ class SmoothTraining(ExpertTraining):
     penalty_target: Annotated[float, Ge(0)] = 1.0
     """The norm that it draws the gradient of each pixel to."""
 
-    def direction(self, learner: Learner, theta: Tensor, batch: Batch, epoch: int) -> Tensor:
-        count, factor = len(batch.targets), self.loss_factor(epoch)
+    def direction(self, learner: Learner, theta: Tensor, batch: Batch, factor: Tensor) -> Tensor:
+        count = len(batch.targets)
 
         def loss(theta: Tensor, clean: Tensor, shown: Tensor, targets: Tensor) -> Tensor:
             fit = learner.network.loss(theta, shown, targets) * factor

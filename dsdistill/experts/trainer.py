@@ -62,6 +62,7 @@ class Trainer:
         network: of that make, on the run's device, without dropout and running statistics.
         dtype: of snapshots.
         seed: of the experts.
+        compiled: see `Experts`.
     """
 
     run: Run
@@ -70,12 +71,14 @@ class Trainer:
     network: FlatNetwork
     dtype: torch.dtype
     seed: int
+    compiled: bool = False
     rule: SGD = field(init=False)
 
     def __post_init__(self) -> None:
         self.rule = SGD(momentum=self.training.momentum, weight_decay=self.training.weight_decay)
         suited = self.training.augmentation.suited(self.run.source.mirror_safe) if self.training.augmentation else None
         self._augmentation = suited
+        self._directions: dict[int, Callable[..., Tensor]] = {}
 
     @property
     def steps_per_epoch(self) -> int:
@@ -116,33 +119,41 @@ class Trainer:
             fresh = training.restarts(number)
             kept = [expert.velocity for expert in experts if expert.velocity is not None]
             moments = (torch.zeros_like(theta) if fresh else self._stacked(kept),)
-        rate = torch.tensor(training.learning_rate(number), device=self.run.device)
+        rate = torch.tensor(training.learning_rate(number), dtype=theta.dtype, device=theta.device)
+        factor = torch.tensor(training.loss_factor(number), dtype=theta.dtype, device=theta.device)
         for step, batch in enumerate(self._batches(experts, number)):
             if step == limit:
                 break
-            direction = self._direction(theta, batch, number, len(experts))
+            direction = self._direction(theta, batch, factor, len(experts))
             # Velocities begin as zeros, so no step needs to be told apart as the first.
             theta, moments = self.rule.step(theta, direction, moments, rate, 1)
             pace.tick()
         return theta, moments
 
-    def _direction(self, theta: Tensor, batch: Batch, epoch: int, count: int) -> Tensor:
-        chunk = None if has_batchnorm(self.network.module) else max(1, self.run.chunk // count)
-        if count == 1:
-            return self.training.direction(Learner(self.network, chunk), theta, batch, epoch)
-        learner = Learner(_Stackable(self.network.module), chunk, stacked=True)
-
-        def direction(theta: Tensor, *batch: Tensor) -> Tensor:
-            return self.training.direction(learner, theta, Batch(*batch), epoch)
-
+    def _direction(self, theta: Tensor, batch: Batch, factor: Tensor, count: int) -> Tensor:
+        if count not in self._directions:
+            self._directions[count] = self._directed(count)
         try:
-            found: Tensor = vmap(direction)(theta, *batch)
+            return self._directions[count](theta, *batch, factor)
         except (RuntimeError, ValueError) as error:
-            if "vmap" not in str(error):
+            if count == 1 or "vmap" not in str(error):
                 raise
             allowed = f"this network cannot be stacked ({str(error).splitlines()[0]}): 1 trains experts one by one"
             raise InvalidSetting("Experts.together", count, allowed) from error
-        return found
+
+    def _directed(self, count: int) -> Callable[..., Tensor]:
+        """The recipe's direction as a function of θ, the tensors of a batch and the factor, for ``count`` experts."""
+        module, training = self.network.module, self.training
+        chunk = None if has_batchnorm(module) else max(1, self.run.chunk // count)
+        pure = self.compiled or count > 1
+        # No tensor has a memory format inside vmap, and a compiler chooses it.
+        learner = Learner(self.network if pure else _ChannelsLast(module), chunk, pure=pure)
+
+        def direction(theta: Tensor, clean: Tensor, shown: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
+            return training.direction(learner, theta, Batch(clean, shown, targets), factor)
+
+        wanted: Callable[..., Tensor] = direction if count == 1 else vmap(direction, in_dims=(0, 0, 0, 0, None))
+        return torch.compile(wanted, dynamic=False) if self.compiled else wanted
 
     def _batches(self, experts: Sequence[Expert], epoch: int) -> Iterator[Batch]:
         """Mini-batches of an epoch; those of several experts are stacked, (K, B, ...)."""
@@ -193,9 +204,15 @@ class Trainer:
         return Rng(self.seed).within("expert", index)
 
 
-class _Stackable(FlatNetwork):
-    """A network that can be called inside `torch.func.vmap`, where no tensor has a memory format."""
+class _ChannelsLast(FlatNetwork):
+    """A network whose convolutions are quicker on the CPU if they are differentiated once; twice, they are slower."""
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
-        names = [name for name, _ in self.module.named_parameters()]
-        return dict(zip(names, self.split(theta), strict=True))
+        named = super().named(theta)
+        if theta.device.type != "cpu":
+            return named
+        # Maps follow the weights.
+        return {
+            name: part.to(memory_format=torch.channels_last) if part.dim() == 4 else part
+            for name, part in named.items()
+        }

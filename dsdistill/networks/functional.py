@@ -16,8 +16,8 @@ A student starts at θ_0 and makes T steps on mini-batches of synthetic images X
     The same sweep; the product is taken as the gradient of the derivative along u, reverse over forward mode, which
     needs no graph of second order.
 "compiled"
-    "forward", the product compiled (which a graph of second order cannot be). Compiling takes about 15 seconds on a
-    CPU for each size of a batch (5 where torch has it on disk); from the 9th size on torch does without, and says so.
+    "forward", compiled (which a graph of second order cannot be). Compiling takes about 20 seconds on a CPU for each
+    size of a batch (5 where torch has it on disk); from the 9th size on torch does without, and says so.
 "truncated"
     The sweep without H_i u: later steps do not see that earlier ones moved. This is the gradient of TESLA (Cui et
     al., arXiv 2211.10586), exact for T = 1 alone. Its images' gradient is longer (1.1 to 2.5 times in the settings
@@ -58,8 +58,6 @@ class FlatNetwork:
         self._names, self._shapes = list(named), [parameter.shape for parameter in named.values()]
         self._sizes = [parameter.numel() for parameter in named.values()]
         self.size = sum(self._sizes)
-        # On the CPU, convolutions of channels-last maps are faster, and maps follow the weights.
-        self._last = next(network.parameters()).device.type == "cpu"
 
     def vector(self) -> Tensor:
         """The module's own parameters (P,), copied."""
@@ -79,10 +77,7 @@ class FlatNetwork:
 
     def named(self, theta: Tensor) -> dict[str, Tensor]:
         """θ as the module's named parameters, differentiable."""
-        parts = self.split(theta)
-        if self._last:
-            parts = [part.to(memory_format=torch.channels_last) if part.dim() == 4 else part for part in parts]
-        return dict(zip(self._names, parts, strict=True))
+        return dict(zip(self._names, self.split(theta), strict=True))
 
     def __call__(self, theta: Tensor, images: Tensor) -> Tensor:
         """Logits (N, K) of images (N, C, H, W)."""
@@ -103,6 +98,12 @@ class FlatNetwork:
         wanted = (0, 1, 2) if targets.is_floating_point() else (0, 1)
         products: tuple[Tensor, ...] = grad(slope, argnums=wanted)(theta, images, targets)
         return products
+
+    @cached_property
+    def compiled_slope(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The gradient of `loss` in θ, compiled as `compiled_product` is."""
+        compiled: Callable[..., Tensor] = torch.compile(grad(self.loss), dynamic=False)
+        return compiled
 
     @cached_property
     def compiled_product(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
@@ -132,12 +133,16 @@ class Student:
     factor: float = 1.0
     chunk: int | None = None
 
-    def gradient(self, theta: Tensor, images: Tensor, targets: Tensor, *, create_graph: bool = False) -> Tensor:
-        """s times the gradient (P,) of the mean loss of the images; θ must want a gradient."""
-        total = torch.zeros_like(theta)
+    def gradient(self, theta: Tensor, images: Tensor, targets: Tensor, backward: Backward = "sweep") -> Tensor:
+        """g (P,): s times the gradient of the mean loss of the images, differentiable for "unroll"."""
+        total, scale = torch.zeros_like(theta), self.factor / len(images)
         for part, wanted in self._parts(images, targets):
-            loss = self.network.loss(theta, part, wanted) * (self.factor / len(images))
-            total = total + torch.autograd.grad(loss, theta, create_graph=create_graph)[0]
+            if backward == "compiled":
+                total += self.network.compiled_slope(theta, part, wanted) * scale
+                continue
+            point = theta if backward == "unroll" else _leaf(theta)
+            loss = self.network.loss(point, part, wanted) * scale
+            total = total + torch.autograd.grad(loss, point, create_graph=backward == "unroll")[0]
         return total
 
     def _parts(self, images: Tensor, targets: Tensor) -> "zip[tuple[Tensor, Tensor]]":
@@ -226,7 +231,7 @@ def _through(student: Student, outer: Outer, start: Tensor, rate: Tensor, images
     theta, moments = _leaf(start), student.rule.start(start)
     states = [theta]
     for step in range(student.steps):
-        gradient = student.gradient(theta, *student.show(step, images, targets), create_graph=True)
+        gradient = student.gradient(theta, *student.show(step, images, targets), "unroll")
         theta, moments = student.rule.step(theta, gradient, moments, rate, step)
         states.append(theta)
     loss = outer.loss([states[after] for after in outer.at])
@@ -244,7 +249,7 @@ def _swept(
     backward: Backward,
 ) -> Unrolled:
     shown, wanted = _leaf(images), _leaf(targets) if targets.is_floating_point() else targets
-    path = _walked(student, start.detach(), rate.detach(), shown, wanted)
+    path = _walked(student, start.detach(), rate.detach(), shown, wanted, backward)
     watched = [_leaf(path[after].theta) for after in outer.at]
     loss = outer.loss(watched)
     slopes = dict(zip(outer.at, torch.autograd.grad(loss, watched), strict=True))
@@ -277,13 +282,15 @@ class _Place(NamedTuple):
     gradient: Tensor | None
 
 
-def _walked(student: Student, theta: Tensor, rate: Tensor, images: Tensor, targets: Tensor) -> list[_Place]:
+def _walked(
+    student: Student, theta: Tensor, rate: Tensor, images: Tensor, targets: Tensor, backward: Backward
+) -> list[_Place]:
     moments = student.rule.start(theta)
     path = []
     for step in range(student.steps):
         with torch.no_grad():
             batch, labels = student.show(step, images, targets)
-        gradient = student.gradient(_leaf(theta), batch, labels)
+        gradient = student.gradient(theta, batch, labels, backward)
         path.append(_Place(theta, moments, gradient))
         with torch.no_grad():
             theta, moments = student.rule.step(theta, gradient, moments, rate, step)

@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import kornia
 import pytest
@@ -307,3 +308,15 @@ made.to_uint8(made.standardize(torch.zeros(2, 3, 4)))
 assert "kornia" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_what_it_was_fitted_on_does_not_depend_on_the_last_bits_of_its_matrices(images):
+    fitted = Whitening.fit(iter([images]), PLAIN.mean, PLAIN.std)
+    rounded = replace(fitted, transform=fitted.transform.nextafter(torch.tensor(9.0)))
+    assert rounded.digest != fitted.digest
+    assert rounded.fit_digest == fitted.fit_digest
+    others = [
+        Whitening.fit(iter([images]), PLAIN.mean, PLAIN.std, eps=0.2),
+        Whitening.fit(iter([images[1:]]), PLAIN.mean, PLAIN.std),
+    ]
+    assert len({fitted.fit_digest, *(other.fit_digest for other in others)}) == 3

@@ -15,6 +15,7 @@ from dsdistill.core.rng import Rng
 from dsdistill.engine import frozen
 from dsdistill.experts import Batch, Experts, ExpertTraining, FlatTraining, Learner, PlainTraining, SmoothTraining
 from dsdistill.experts.flat import ascent, orthogonal
+from dsdistill.experts.trainer import Pace, Trainer, _ChannelsLast
 from dsdistill.experts.trajectories import Trajectories
 from dsdistill.networks import FlatNetwork, NetworkSpec
 
@@ -128,6 +129,37 @@ def test_experts_trained_together_are_those_trained_one_by_one(name, norm, sourc
         assert float((one[2] - one[1]).norm()) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of code of its own
+@pytest.mark.parametrize("name", ["plain", "flat", "smooth"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_compiled_experts_are_the_others_and_compiled_once(name, together, source):
+    spec, run = replace(SMALL, activation="swish"), run_of(source, chunk=8)
+    asked = Experts(count=2, training=RECIPES[name], together=together)
+    compiled = replace(asked, compiled=True)
+    flat = FlatNetwork(run.network(spec, 0))
+    trainer = Trainer(run, compiled.training, spec, flat, torch.float32, compiled.seed, compiled=True)
+    members, pace = [trainer.fresh(index) for index in range(together)], Pace(CPU)
+    trainer.epoch(members, pace)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        trainer.epoch(members, pace)  # with another factor of the loss
+    found = torch.stack(members[0].rows)
+    wanted = Trajectories(run, asked, spec, 2).snapshots(0, range(3))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_single_experts_run_channels_last_on_the_cpu(source):
+    flat = _ChannelsLast(run_of(source).network(SMALL, 0))
+    named = flat.named(flat.vector())
+    weights = [weight for weight in named.values() if weight.dim() == 4 and weight.shape[1] > 1]
+    assert len(weights) == 2
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert all(
+        torch.equal(weight, parameter)
+        for weight, parameter in zip(named.values(), flat.module.parameters(), strict=True)
+    )
+
+
 def test_flips_are_left_out_where_they_change_the_class(source):
     digits = source.with_mirror_safe(False)
     flips = replace(RECIPES["plain"], augmentation=Siamese(("flip",)))
@@ -171,15 +203,14 @@ def test_the_slope_is_that_of_the_mean_loss_whatever_the_chunk(double):
 @pytest.mark.parametrize("name", RECIPES)
 def test_directions_inside_a_vmap(name, double):
     network, theta, batch = double
-    training = RECIPES[name]
-    network._last = False  # no memory formats in there
+    training, factor = RECIPES[name], torch.tensor(0.75)
     thetas = torch.stack([theta, 1.1 * theta])
 
     def direction(theta):
-        return training.direction(Learner(network, 3, stacked=True), theta, batch, 1)
+        return training.direction(Learner(network, 3, pure=True), theta, batch, factor)
 
     for one, found in zip(thetas, vmap(direction)(thetas), strict=True):
-        wanted = training.direction(Learner(network), one, batch, 1)
+        wanted = training.direction(Learner(network), one, batch, factor)
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
 
 
@@ -237,7 +268,7 @@ class Parabola:
 def descend(training, steps, start=1.0):
     theta = torch.tensor([start], dtype=torch.float64)
     for _ in range(steps):
-        theta = theta - 0.05 * training.direction(Parabola(), theta, None, 0)
+        theta = theta - 0.05 * training.direction(Parabola(), theta, None, torch.tensor(1.0))
     return float(theta)
 
 
@@ -266,7 +297,7 @@ def test_the_schedule_of_smooth_experts():
 
 def test_a_network_that_ignores_its_images_has_a_penalty_with_a_derivative(double):
     network, theta, batch = double
-    direction = SmoothTraining().direction(Learner(network), torch.zeros_like(theta), batch, 0)
+    direction = SmoothTraining().direction(Learner(network), torch.zeros_like(theta), batch, torch.tensor(0.5))
     assert bool(torch.isfinite(direction).all())
 
 
@@ -281,5 +312,5 @@ def test_the_penalty_draws_the_norm_of_each_pixel_to_its_target(double):
     (wanted,) = torch.autograd.grad(penalty + 0.5 * cross_entropy(network(theta, batch.shown), batch.targets), theta)
     training = SmoothTraining(penalty=0.5, penalty_target=0.25)
     for chunk in (None, 2):
-        found = training.direction(Learner(network, chunk), theta.detach(), batch, 0)
+        found = training.direction(Learner(network, chunk), theta.detach(), batch, torch.tensor(0.5))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)

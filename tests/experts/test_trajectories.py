@@ -14,6 +14,7 @@ from torch import nn
 from dsdistill.core.rng import Rng
 from dsdistill.data import Normalization
 from dsdistill.data.cache import cache_folder
+from dsdistill.data.whitening import whiten
 from dsdistill.engine import Job, Rehearsal, Shared
 from dsdistill.engine.run import prepared_run
 from dsdistill.errors import InvalidSetting, OutOfSpace, OutputConflict, Stopped
@@ -278,6 +279,7 @@ def test_what_experts_are_is_in_their_folder_s_name(source, tmp_path):
         folder(seed=3),
         folder(replace(FEW, count=7)),
         folder(replace(FEW, together=2)),
+        folder(replace(FEW, compiled=True)),
         folder(replace(FEW, training=replace(PLAIN, epochs=50))),
     ]
     assert len(set(same)) == 1
@@ -295,6 +297,14 @@ def test_what_experts_are_is_in_their_folder_s_name(source, tmp_path):
         folder(images=source.subset(range(35))),
     ]
     assert len({same[0], *others}) == 1 + len(others)
+    fitted = whiten(source)
+    zca = fitted.normalization.zca
+    # As another machine, or another number of threads, would have it.
+    rounded = replace(zca, transform=zca.transform.nextafter(torch.tensor(9.0)))
+    again = fitted.normalized_by(replace(fitted.normalization, zca=rounded))
+    assert fitted.normalization != again.normalization
+    assert folder(images=again) == folder(images=fitted)
+    assert len({folder(images=fitted), folder(images=whiten(source, 0.2)), *same, *others}) == 3 + len(others)
     assert not list(tmp_path.iterdir())
 
 

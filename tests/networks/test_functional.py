@@ -359,17 +359,6 @@ def test_a_flat_network_is_its_module(norm):
     torch.testing.assert_close(network(IMAGES), expected, rtol=1e-13, atol=1e-13)
 
 
-def test_convolutions_run_channels_last_on_the_cpu():
-    flat = FlatNetwork(built())
-    named = flat.named(flat.vector())
-    weights = [weight for weight in named.values() if weight.dim() == 4 and weight.shape[1] > 1]
-    assert len(weights) == 2
-    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-    assert {name: tuple(tensor.shape) for name, tensor in named.items()} == {
-        name: tuple(parameter.shape) for name, parameter in flat.module.named_parameters()
-    }
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of code of its own
 @pytest.mark.parametrize("classes", [True, False])
