@@ -5,7 +5,6 @@ device as well, standardised once, and takes mini-batches by their indices.
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -19,8 +18,10 @@ from dsdistill.core.device import default_chunk, settle_allocator
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run, frozen
-from dsdistill.experts import Experts, ExpertTraining, FlatTraining, PlainTraining, Trajectories
+from dsdistill.experts import ExpertTraining, FlatTraining, PlainTraining
+from dsdistill.experts.growth import Growth
 from dsdistill.experts.shards import Expert
+from dsdistill.experts.shelf import MemoryShelf
 from dsdistill.experts.trainer import Pace, Trainer
 from dsdistill.networks import FlatNetwork, NetworkSpec
 
@@ -46,13 +47,20 @@ def make_run(options: argparse.Namespace, kind: type[ImageSource] = ImageSource)
     return Run(source, device, Rng(options.seed, device=device), classes, default_chunk(source.shape, device))
 
 
+def make_trainer(run: Run, options: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Trainer:
+    """What trains experts for dsdistill; it compiles once, if it does."""
+    network = FlatNetwork(frozen(run.network(NetworkSpec(), 0)))
+    return Trainer(run, make_training(options), NetworkSpec(), network, dtype, options.seed, options.compiled)
+
+
 def ours(options: argparse.Namespace) -> Callable[[], None]:
     """A function that trains fresh experts with dsdistill."""
-    run, training, seeds = make_run(options), make_training(options), itertools.count()
+    run = make_run(options)
+    trainer = make_trainer(run, options)
 
     def train() -> None:
-        asked = Experts(count=options.experts, training=training, seed=next(seeds), together=options.together)
-        Trajectories(run, asked, NetworkSpec(), options.epochs)
+        growth = Growth(run, trainer, MemoryShelf(), options.epochs, options.together)
+        growth.train(range(options.experts))
 
     return train
 
@@ -144,8 +152,7 @@ def check(options: argparse.Namespace, dtype: torch.dtype) -> list[pairs.Equalit
     """
     with precision(dtype) as kind:
         run, training = make_run(options, kind), make_training(options)
-        network = FlatNetwork(frozen(run.network(NetworkSpec(), 0)))
-        trainer = Trainer(run, training, NetworkSpec(), network, dtype, options.seed)
+        trainer = make_trainer(run, options, dtype)
         experts = [trainer.fresh(index) for index in range(options.experts)]
         size, pace = options.together, Pace(run.device)
         for group in (experts[begin : begin + size] for begin in range(0, len(experts), size)):
@@ -188,15 +195,15 @@ def main() -> None:
     parser.add_argument("--training", choices=TRAININGS, default="plain")
     parser.add_argument("--experts", type=int, default=1, help="trained in each timing")
     parser.add_argument("--together", type=int, default=1, help="of them at once, by dsdistill")
+    parser.add_argument("--compiled", action="store_true", help="by dsdistill")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--per-class", type=int, default=256, help="real images of each class")
     parser.add_argument("--batch", type=int, default=256, help="images of a step")
     options = parser.parse_args()
     if options.worker:
-        program = loops if options.worker == "loops" else ours
-        short = argparse.Namespace(**{**vars(options), "epochs": 1, "per_class": 2 * options.batch // options.classes})
-        return pairs.work(options, [program(short)], program(options), steps=1)
+        program = loops(options) if options.worker == "loops" else ours(options)
+        return pairs.work(options, [program], program, steps=1)
     small = {name: min(most, getattr(options, name)) for name, most in CHECKED.items()}
     equality = [
         one
@@ -205,20 +212,22 @@ def main() -> None:
     ]
     for one in equality:
         print(f"{one.quantity} ({one.dtype}): relative difference {one.relative:.2e}")
-    names = ("training", "experts", "together", "epochs", "classes", "per_class", "batch")
+    names = ("training", "experts", "together", "compiled", "epochs", "classes", "per_class", "batch")
     epochs = "one epoch" if options.epochs == 1 else f"{options.epochs} epochs"
     many = "one expert" if options.experts == 1 else f"{options.experts} experts"
     content = {
         "kind": "speed",
         "title": f"Experts ({options.training}), 3x32x32, {many}, {epochs} over "
-        f"{options.classes * options.per_class} images in batches of {options.batch}",
+        f"{options.classes * options.per_class} images in batches of {options.batch}"
+        + (", compiled" if options.compiled else ""),
         "unit": f"training of {many}",
         "settings": {name: getattr(options, name) for name in names},
         "warmups": 1,
         "target": TARGETS.get(torch.device(options.device).type, 1.5),
         "equality": [one.model_dump() for one in equality],
     }
-    pairs.publish(options, MODULE, f"speed-experts-{options.training}", content)
+    way = "-compiled" if options.compiled else ""
+    pairs.publish(options, MODULE, f"speed-experts-{options.training}{way}", content)
 
 
 if __name__ == "__main__":

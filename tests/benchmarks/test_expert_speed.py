@@ -20,7 +20,9 @@ def experts(monkeypatch):
 
 
 def options(training, count=1, together=1):
-    return Namespace(seed=0, device="cpu", training=training, experts=count, together=together, epochs=2, **SIZES)
+    return Namespace(
+        seed=0, device="cpu", training=training, experts=count, together=together, compiled=False, epochs=2, **SIZES
+    )
 
 
 @pytest.mark.parametrize(("training", "count", "together"), [("plain", 1, 1), ("flat", 1, 1), ("plain", 3, 2)])
