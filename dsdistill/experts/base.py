@@ -12,7 +12,7 @@ stacked computation.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Lt
@@ -76,9 +76,15 @@ class Learner:
 class ExpertTraining(ABC):
     """How an expert is trained on the real images.
 
+    Args of a subclass:
+        continues: experts of few epochs are the beginning of those of more, as no schedule depends on ``epochs``; so
+            both share what is stored. Not inherited: a subclass may bring such a schedule.
+
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
     """
+
+    continues: ClassVar[bool] = False
 
     epochs: Annotated[int, Ge(1)] = 50
     """Passes over the images at most: experts are trained for as many as are asked for."""
@@ -92,6 +98,10 @@ class ExpertTraining(ABC):
     """L2 penalty."""
     augmentation: Augmentation | None = Siamese()
     """Views of the images, drawn anew for each image; flips are left out where they change the class."""
+
+    def __init_subclass__(cls, *, continues: bool = False, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        cls.continues = continues
 
     def __post_init__(self) -> None:
         validate(self)
@@ -120,5 +130,5 @@ class ExpertTraining(ABC):
         return epoch == 0
 
     def identity(self) -> dict[str, Any]:
-        """What trajectories depend on: all settings but ``epochs``, of which they only show more or less."""
-        return {name: value for name, value in to_dict(self).items() if name != "epochs"}
+        """What trajectories depend on: all settings, but ``epochs`` only where fewer are not the beginning of more."""
+        return {name: value for name, value in to_dict(self).items() if name != "epochs" or not self.continues}

@@ -26,7 +26,7 @@ from dsdistill.experts.base import Batch, ExpertTraining, Learner
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatTraining(ExpertTraining):
+class FlatTraining(ExpertTraining, continues=True):
     """Sharpness-aware steps in their generalised form (GSAM), as for the experts of FTD (arXiv 2211.11004) and DATM."""
 
     rho: Annotated[float, Ge(0)] = 0.01

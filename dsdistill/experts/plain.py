@@ -15,7 +15,7 @@ from dsdistill.experts.base import Batch, ExpertTraining, Learner
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainTraining(ExpertTraining):
+class PlainTraining(ExpertTraining, continues=True):
     """SGD with a constant step size, as for the experts of MTT (arXiv 2203.11932) and TESLA."""
 
     def direction(self, learner: Learner, theta: Tensor, batch: Batch, factor: Tensor) -> Tensor:

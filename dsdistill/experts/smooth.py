@@ -1,5 +1,5 @@
-"""Experts of AST (Shen et al., AST: Distilling Dataset through Alignment with Smooth and High-Quality Expert
-Trajectories, arXiv 2310.10541), as in its authors' code::
+"""Experts of AST (Shen, Yang & Lam, AST: Effective Dataset Distillation through Alignment with Smooth and High-Quality
+Expert Trajectories, arXiv 2310.10541), as in its authors' code; the text was not read::
 
     d = ∇ [ s_k ℓ(θ; A(B)) + λ / (B·H·W) Σ_{image, pixel} ( ‖∂ Σ_c f_c(x; θ) / ∂x_pixel‖ − 1 )² ]
     s_k = 0.50, 0.55, ..., 0.95 in epochs k = 0 ... 9, then 1          ("clipping loss": smaller steps at first)
@@ -7,23 +7,26 @@ Trajectories, arXiv 2310.10541), as in its authors' code::
 
 f are the logits, x the images of the batch without views; the norm is taken over the color channels of a pixel. The
 penalty keeps the change of the network from step to step small; it takes a second derivative, and about three times as
-long as plain training. Versions of the code differ in s, λ (0.1 to 2) and the drop (0.6 or 0.7): all are settings.
+long as plain training. Versions of the code differ in λ (0.1 to 2), the drop (0.6 or 0.7) and s: all are settings but
+an older list of s, 0.50, 0.50, 0.55, 0.55, 0.60, ..., 0.90, whose steps are not equal.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from dsdistill.core.config import to_dict
 from dsdistill.experts.base import Batch, ExpertTraining, Learner
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothTraining(ExpertTraining):
-    """SGD with momentum, a ramp of the loss and a gradient penalty, as for the experts of AST (arXiv 2310.10541)."""
+    """SGD with momentum, a ramp of the loss and a gradient penalty, as for the experts of AST (arXiv 2310.10541).
+
+    When the step size drops depends on ``epochs``, so experts of few are not the beginning of those of more.
+    """
 
     lr: Annotated[float, Gt(0)] = 0.003
     """Initial step size."""
@@ -72,8 +75,3 @@ class SmoothTraining(ExpertTraining):
     @property
     def _drop(self) -> int:
         return self.epochs // 2 + 2
-
-    def identity(self) -> dict[str, Any]:
-        """All settings: when the step size drops depends on ``epochs``."""
-        plain: dict[str, Any] = to_dict(self)
-        return plain

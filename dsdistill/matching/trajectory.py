@@ -34,10 +34,10 @@ _PLAIN = SGD()
 
 
 class StepSize(nn.Module):
-    """The student's step size β, learned and positive: β = r down to its start β₀, and β₀ exp(r/β₀ − 1) below.
+    """The student's step size β, learned and positive: β = r down to its start β₀, and β₀ / (2 − r/β₀) below.
 
     In the authors' code β = r, which may become negative; the published step sizes of r hold here, as slope and value
-    are the same at the start and above.
+    are the same at the start and above. Far below β falls off as β₀² / |r|, slowly enough to find its way back.
     """
 
     def __init__(self, initial: float) -> None:
@@ -47,7 +47,7 @@ class StepSize(nn.Module):
 
     def forward(self) -> Tensor:
         """β, a scalar."""
-        below = self.initial * (self.raw / self.initial - 1).clamp_max(0).exp()
+        below = self.initial / (2 - (self.raw / self.initial).clamp_max(1))
         return torch.where(self.raw >= self.initial, self.raw, below)
 
 
@@ -72,10 +72,28 @@ class Segment:
     trajectories: Trajectories
     expert: int
     epoch: int
+    settings: Experts
 
     def after(self, *epochs: int) -> Sequence[Tensor]:
-        """The expert's parameters (P,) so many epochs after the start; 0 is the start."""
-        return self.trajectories.snapshots(self.expert, [self.epoch + more for more in epochs]).unbind()
+        """The expert's parameters (P,) so many epochs after the start; 0 is the start.
+
+        Raises:
+            InvalidSetting: the first are the same as others, so that `distance` has nothing to be measured by.
+        """
+        numbers = [self.epoch + more for more in epochs]
+        found = self.trajectories.snapshots(self.expert, numbers)
+        gaps = (found[1:] - found[0]).square().sum(1).tolist()
+        if 0 in gaps:
+            raise self._standstill(numbers[0], numbers[1 + gaps.index(0)])
+        return found.unbind()
+
+    def _standstill(self, epoch: int, later: int) -> InvalidSetting:
+        settings, lr = self.settings, self.settings.training.lr
+        told = f"expert {self.expert} is stored with the same parameters after epochs {epoch} and {later}"
+        if settings.precision == "float32":
+            return InvalidSetting("experts.training.lr", lr, f"{told}: raise it")
+        mend = f"{told}: take 'float32', which tells smaller steps apart, or raise experts.training.lr = {lr}"
+        return InvalidSetting("experts.precision", settings.precision, mend)
 
 
 def distance(end: Tensor, start: Tensor, target: Tensor) -> Tensor:
@@ -98,7 +116,7 @@ def mini_batches(count: int, size: int, steps: int, generator: torch.Generator) 
 class TrajectoryMatching(PerClass):
     """What MTT, FTD, AST and DATM share: settings, and the parts of an outer step."""
 
-    network_needs: ClassVar[tuple[Need, ...]] = ("second-order",)
+    network_needs: ClassVar[tuple[Need, ...]] = ("second-order", "deterministic")
 
     iterations: Annotated[int, Ge(1)] = 5000
     """Outer steps."""
@@ -197,7 +215,7 @@ class TrajectoryMatching(PerClass):
         order = torch.randperm(trajectories.count, generator=run.rng.at("experts", turn, device="cpu"))
         low, high = self.min_start_epoch, self.max_start_epoch if end is None else end
         start = torch.randint(low, high, (), generator=run.rng.at("start", iteration, device="cpu"))
-        return Segment(trajectories, int(order[place]), int(start))
+        return Segment(trajectories, int(order[place]), int(start), self.experts)
 
     def follow(
         self,

@@ -1,5 +1,5 @@
-"""Alignment with smooth experts (Shen et al., AST: Distilling Dataset through Alignment with Smooth and High-Quality
-Expert Trajectories, arXiv 2310.10541).
+"""Alignment with smooth experts (Shen, Yang & Lam, AST: Effective Dataset Distillation through Alignment with Smooth
+and High-Quality Expert Trajectories, arXiv 2310.10541).
 
 Experts with momentum and a schedule are better networks, but a student of plain steps cannot follow them. AST smooths
 their training (`SmoothTraining`) and helps the student (θ_0, T, M, β as in `dsdistill.methods.mtt`)::
@@ -12,11 +12,14 @@ their training (`SmoothTraining`) and helps the student (θ_0, T, M, β as in `d
 with w_j = 1 ("aggregate") or j/M ("adaptive"), and S starts from representative images: those nearest to the centres of
 10 clusters of each class, in what an expert makes of them.
 
-All of these formulas are those of the authors' code, not of the paper's text, which was not at hand. Inferred beyond
-the code: below 10 images per class, where it selects none, there are as many clusters as images; what division leaves
+All of these formulas are those of the authors' code, not of the paper's text, which was not read. Inferred beyond the
+code: below 10 images per class, where it selects none, there are as many clusters as images; what division leaves
 over goes to the largest clusters; no image is taken twice. The expert that clusters is the first one, after the last
 epoch that is looked at. Left out, as they are off in the recipes: a graph of the last 8 steps alone, and alignment of
 features at the end. Published accuracies are the best over epochs of one network on the test split, so not comparable.
+
+Which experts the rows of the authors' scripts had is unknown: the script that trains experts has neither penalty nor
+ramp and makes 50 of them, where the README has both and makes 100. Presets have those of the README.
 """
 
 import math
@@ -29,14 +32,17 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Metrics, Preset, Run, State
+from dsdistill.errors import InvalidSetting
 from dsdistill.experts import Experts, SmoothTraining
 from dsdistill.matching.trajectory import TrajectoryMatching, distance, published
 from dsdistill.networks import FlatNetwork, Outer
 from dsdistill.networks.rules import SGD
 from dsdistill.selection import class_outputs, pick
 
-_README, _SCRIPTS = "README of the authors' code; images loaded with zca='unit'", "scripts of the authors' code"
+_README = "README of the authors' code; images loaded with zca='unit'"
+_SCRIPTS = "scripts of the authors' code, which leave open what experts they had"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +50,21 @@ class AST(TrajectoryMatching):
     """Smooth experts: strong experts that can be followed, from representative images, with stops on the way."""
 
     paper: ClassVar[str] = (
-        "Shen et al., AST: Distilling Dataset through Alignment with Smooth and High-Quality Expert Trajectories, "
-        "arXiv 2310.10541"
+        "Shen, Yang & Lam, AST: Effective Dataset Distillation through Alignment with Smooth and High-Quality Expert "
+        "Trajectories, arXiv 2310.10541"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "cifar100/ipc1": Preset(_README, published(1, 20, 20, 1000.0, 1e-5, expert_epochs=3)),
         "cifar100/ipc1/script": Preset(_SCRIPTS, published(1, 40, 15, 100.0, 1e-5, expert_epochs=3, balance=False)),
         "cifar100/ipc10": Preset(_SCRIPTS, published(10, 20, 30, 1000.0, 1e-5, balance=False, batch_size=128)),
-        "cifar100/ipc50": Preset(_SCRIPTS, published(50, 80, 40, 1000.0, 1e-5, balance=False, batch_size=700)),
-        "cifar10/ipc10": Preset(
-            f"{_SCRIPTS}, one of two; images loaded with zca='unit'", published(10, 30, 20, 100.0, 1e-6, balance=False)
+        "cifar100/ipc50": Preset(
+            _SCRIPTS,
+            published(50, 80, 40, 1000.0, 1e-5, balance=False, perturbation=0.0, intermediate="none", batch_size=700),
         ),
-        "tiny_imagenet/ipc1": Preset(_SCRIPTS, published(1, 10, 10, 10_000.0, 1e-4, balance=False)),
+        "cifar10/ipc10": Preset(
+            f"{_SCRIPTS}, one of two; images loaded with zca='unit'", published(10, 30, 20, 100.0, 1e-6, init="random")
+        ),
+        "tiny_imagenet/ipc1": Preset(_SCRIPTS, published(1, 10, 10, 10_000.0, 1e-4, balance=False, init="random")),
     }
 
     experts: Experts = Experts(training=SmoothTraining())
@@ -70,6 +79,20 @@ class AST(TrajectoryMatching):
     """Weights w_j of the epochs on the way: 1, j/M, or 0 for all but the last."""
     perturbation: Annotated[float, Ge(0)] = 1.0
     """a, size of the noise on the weights that a student starts from; 0 for none."""
+
+    def check(self, source: ImageSource) -> None:
+        """Refuse a student with fewer steps than stops, and what `TrajectoryMatching.check` refuses.
+
+        Raises:
+            BadData, InvalidSetting: see there.
+        """
+        super().check(source)
+        if self.intermediate != "none" and self.student_steps < self.expert_epochs:
+            allowed = (
+                f"at least expert_epochs={self.expert_epochs}, as it is compared with each of them; lower that, or set "
+                "intermediate='none'"
+            )
+            raise InvalidSetting("AST.student_steps", self.student_steps, allowed)
 
     def start(self, run: Run, job: Job) -> State:
         if self.init == "random":

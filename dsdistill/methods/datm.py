@@ -38,7 +38,7 @@ from dsdistill.labels import Labels, SoftLabels
 from dsdistill.matching.trajectory import TrajectoryMatching, distance, published
 from dsdistill.networks import Outer
 from dsdistill.parameterizations import Parameterization
-from dsdistill.selection import class_outputs
+from dsdistill.selection import class_outputs, image_outputs
 
 logger = logging.getLogger("dsdistill")
 _SETTINGS = "settings files of the authors' code; images loaded with zca='unit'"
@@ -164,8 +164,8 @@ class DATM(TrajectoryMatching):
 def correct_images(run: Run, trajectories: Trajectories, epoch: int, need: int) -> list[Tensor]:
     """Storage indices of up to ``need`` images of each class that an expert classifies correctly, in random order.
 
-    Experts are asked in random order, each for what is still missing. What they cannot fill is filled by the images
-    that come nearest, which is said in the log.
+    Experts are asked in random order, each about all images, until there are enough of each class. What they cannot
+    fill is filled by the images that come nearest, which is said in the log.
     """
     order = torch.randperm(trajectories.count, generator=run.rng.at("init/experts", device="cpu")).tolist()
     goals = [min(need, run.source.counts[label]) for label in run.classes]
@@ -210,13 +210,16 @@ def agreed_logits(
     """
     shown, owner = images.to(run.device).decode()
     classes = labels.classes[owner].to(run.device)
-    found = []
+    of_right, of_all = torch.zeros(2, len(shown), labels.num_classes, device=run.device)
+    right_count, count = torch.zeros(len(shown), 1, device=run.device), 0
     for expert in experts:
         theta = trajectories.snapshots(expert, [epoch])[0]
-        found.append(torch.cat([trajectories.network(theta, part) for part in torch.split(shown, run.chunk)]))
-    logits = torch.stack(found)
-    right = (logits.argmax(2) == classes)[..., None].to(logits.dtype)
-    right = torch.where(right.any(0), right, 1.0)
-    each = (right * logits).sum(0) / right.sum(0)
+        logits = image_outputs(run, partial(trajectories.network, theta), shown)
+        right = (logits.argmax(1) == classes)[:, None]
+        of_right += logits * right
+        of_all += logits
+        right_count += right
+        count += 1
+    each = torch.where(right_count > 0, of_right / right_count.clamp_min(1), of_all / count)
     total = each.new_zeros(images.count, each.shape[1]).index_add_(0, owner.to(run.device), each)
     return (total / images.multiplicity[:, None].to(run.device)).cpu()

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from dsdistill.core.rng import isolated_global_rng, seed_global
 from dsdistill.errors import InvalidSetting, UnknownName
 from dsdistill.networks.initialize import embed, has_batchnorm
+from dsdistill.networks.probe import student_mode
 from dsdistill.networks.taps import activation_taps
 
-Need = Literal["features", "maps", "batch-independent", "second-order"]
+Need = Literal["features", "maps", "batch-independent", "second-order", "deterministic"]
 """One thing that a method may need of a network:
 
 "features"
@@ -22,15 +23,18 @@ Need = Literal["features", "maps", "batch-independent", "second-order"]
     the result for an image does not depend on the other images of its batch, as with batch normalisation.
 "second-order"
     gradients with respect to parameters can be differentiated again.
+"deterministic"
+    it makes the same of the same images every time, in training mode but with layers of dropout silenced, which is how
+    methods look at images: it neither draws random numbers nor remembers.
 """
 
 
 def check_needs(name: str, network: nn.Module, needs: Collection[Need], shape: tuple[int, int, int]) -> None:
     """Refuse a network that lacks something of ``needs``.
 
-    The network is run on 2 random images in its present mode; statistics of norm layers may move and gradients
-    remain: pass one made for the purpose. It may be on the meta device, where nothing is computed and coupling of a
-    batch is known from the kinds of layers alone.
+    The network is run on 2 random images in its present mode, or in that of the need; statistics of norm layers may
+    move and gradients remain: pass one made for the purpose. It may be on the meta device, where nothing is computed:
+    coupling of a batch is known from the kinds of layers alone, and nothing is said against "deterministic".
 
     Args:
         name: what the network is called in messages.
@@ -105,6 +109,36 @@ def _second_order_problem(network: nn.Module, images: Tensor) -> str:
     return ""
 
 
+@torch.no_grad()
+def _chance_problem(network: nn.Module, images: Tensor) -> str:
+    if images.is_meta:
+        return ""
+    mend = (
+        "choose a network without stochastic depth, random pooling and functional dropout, set their rates to 0, or "
+        "drop out by modules (torch.nn.Dropout), which are silenced"
+    )
+    with student_mode(network):
+        # What a rare draw does seldom shows in two results: the generators tell.
+        before = _random_states(images.device)
+        first = network(images)
+        if not all(map(torch.equal, before, _random_states(images.device))):
+            return f"this one draws random numbers while it looks at images; {mend}"
+        seed_global(1, images.device)
+        second = network(images)
+    if torch.allclose(first, second, equal_nan=True):
+        return ""
+    return f"this one gives other results when it looks at the same images again; {mend}"
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
 def _shape(images: Tensor) -> tuple[int, int, int]:
     _, channels, height, width = images.shape
     return channels, height, width
@@ -115,4 +149,5 @@ _PROBLEMS: Mapping[Need, Callable[[nn.Module, Tensor], str]] = {
     "maps": _maps_problem,
     "batch-independent": _coupling_problem,
     "second-order": _second_order_problem,
+    "deterministic": _chance_problem,
 }

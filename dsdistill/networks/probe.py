@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from dsdistill.errors import InvalidSetting
 
@@ -12,8 +13,25 @@ from dsdistill.errors import InvalidSetting
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """Evaluation mode for all modules of a network, so that no statistics move; then each has its own mode again."""
+    with _modes_kept(network):
+        network.eval()
+        yield
+
+
+@contextmanager
+def student_mode(network: nn.Module) -> Iterator[None]:
+    """Training mode for all modules of a network but those of dropout; then each has its own mode again."""
+    with _modes_kept(network):
+        network.train()
+        for part in network.modules():
+            if isinstance(part, _DropoutNd):
+                part.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(network: nn.Module) -> Iterator[None]:
     modes = {part: part.training for part in network.modules()}
-    network.eval()
     try:
         yield
     finally:

@@ -126,7 +126,7 @@ class NetworkSpec:
         the CPU, and what it made is run.
 
         Args:
-            needs: of "features", "maps", "batch-independent" and "second-order"; see `Need`.
+            needs: of "features", "maps", "batch-independent", "second-order" and "deterministic"; see `Need`.
             shape: ``(C, H, W)`` of one image.
             num_classes: number of logits.
 

@@ -1,7 +1,7 @@
 """Choosing real images by their features: rules on features, and the network that gives them."""
 
 from dsdistill.selection.choice import RULES, Rule, Selector, choose, pick
-from dsdistill.selection.features import Extractor, class_features, class_outputs
+from dsdistill.selection.features import Extractor, class_features, class_outputs, image_outputs
 from dsdistill.selection.herding import herding_indices
 from dsdistill.selection.k_center import First, k_center_indices
 from dsdistill.selection.k_means import k_means_indices
@@ -19,6 +19,7 @@ __all__ = [
     "class_features",
     "class_outputs",
     "herding_indices",
+    "image_outputs",
     "k_center_indices",
     "k_means_indices",
     "pick",

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from dsdistill.augmentations import Siamese
@@ -14,6 +14,7 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Run
 from dsdistill.experts import train_on_real
 from dsdistill.networks import Need, NetworkSpec, embed
+from dsdistill.networks.passing import pass_rows, takes_batch_statistics
 from dsdistill.training import TrainingRecipe
 
 logger = logging.getLogger("dsdistill")
@@ -78,26 +79,54 @@ def class_features(run: Run, extractor: Extractor) -> Iterator[Tensor]:
     """Features (n_c, D) of all images of each class of the run, one class at a time, in storage order.
 
     Images are as they are stored, without augmentation, and the network is in evaluation mode. Memory is that of the
-    largest class.
+    largest class, or of all where the network has batch normalisation without statistics of its own, as then they pass
+    mixed (see `image_outputs`).
     """
     network = extractor.build(run).eval()
-    yield from class_outputs(run, lambda images: embed(network, images))
+    yield from _by_class(run, lambda images: embed(network, images), mixed=takes_batch_statistics(network))
 
 
 def class_outputs(run: Run, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
     """What ``function`` makes of all images of each class of the run, one class at a time, in storage order.
 
-    Without gradients; images are as they are stored, without augmentation. Memory is that of the largest class.
+    Without gradients; images are as they are stored, without augmentation. Memory is that of the largest class; that
+    of all where a network of the run couples the images of a batch, as then they pass mixed (see `image_outputs`).
 
     Args:
-        function: images (m, C, H, W), a chunk of a class, -> one row for each, (m, ...); the logits of a network,
-            say, which its caller has put into evaluation mode.
+        function: images (m, C, H, W) -> one row for each, (m, ...); the logits of a network, say, which its caller
+            has put into evaluation mode.
     """
-    for index in run.classes:
-        yield _outputs(run, function, index)
+    yield from _by_class(run, function, mixed=run.couples_batches)
 
 
-@torch.no_grad()
-def _outputs(run: Run, function: Callable[[Tensor], Tensor], index: int) -> Tensor:
-    rows = torch.arange(run.source.offsets[index], run.source.offsets[index + 1], device=run.device)
-    return torch.cat([function(run.source.gather(part)) for part in torch.split(rows, run.chunk)])
+def image_outputs(run: Run, function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What ``function`` makes of each of the images (M, C, H, W), (M, ...), without gradients.
+
+    `Run.chunk` of them pass at a time. Where a network of the run couples the images of a batch, they pass in random
+    order, the same in every job, as a batch of one class would have statistics of its own.
+
+    Args:
+        function: as for `class_outputs`.
+        images: on the run's device.
+    """
+    return _rows(run, lambda rows: function(images[rows]), len(images), mixed=run.couples_batches)
+
+
+def _by_class(run: Run, function: Callable[[Tensor], Tensor], *, mixed: bool) -> Iterator[Tensor]:
+    offsets, counts = run.source.offsets, run.source.counts
+    if mixed:  # of all classes, so that what is made of one does not depend on the others of the job
+        found = _rows(run, partial(_shown, run, function, 0), len(run.source), mixed=True)
+        for index in run.classes:
+            yield found[offsets[index] : offsets[index + 1]]
+    else:
+        for index in run.classes:
+            yield _rows(run, partial(_shown, run, function, offsets[index]), counts[index], mixed=False)
+
+
+def _shown(run: Run, function: Callable[[Tensor], Tensor], first: int, rows: Tensor) -> Tensor:
+    return function(run.source.gather(rows + first))
+
+
+def _rows(run: Run, function: Callable[[Tensor], Tensor], count: int, *, mixed: bool) -> Tensor:
+    order = run.rng.scoped("").at("outputs", device="cpu") if mixed else None
+    return pass_rows(function, count, run.chunk, run.device, order)

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from dsdistill import train_experts
 from dsdistill.data.cache import cache_folder
 from dsdistill.errors import BadData, DeviceUnavailable, InvalidSetting, Stopped
+from dsdistill.evaluation import experts as scored
 from dsdistill.evaluation.experts import score_experts
 from dsdistill.experts import Experts, PlainTraining, Trajectories, estimate_experts
 from dsdistill.experts.trainer import Trainer
@@ -112,6 +114,23 @@ def test_their_accuracy_is_that_of_the_last_snapshots(norm, source, tmp_path):
         score_experts(made, source.train_only())
 
 
+def test_test_images_of_a_coupled_batch_pass_mixed(source, tmp_path, monkeypatch):
+    """In their stored order each part would be one class, and the brightness that tells classes apart be gone."""
+    monkeypatch.setattr(scored, "default_chunk", lambda shape, device: 5)
+    made = train_experts(source, EXPERTS, replace(SMALL, norm="batch"), store=tmp_path, device="cpu")
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(0))
+    images, targets = source.test.gather(torch.arange(15)), source.test.targets
+
+    def accuracy(index, rows):
+        theta = made.snapshots(index, [3])[0]
+        right = [(made.network(theta, images[part]).argmax(1) == targets[part]).sum() for part in rows.split(5)]
+        return sum(map(int, right)) / 15
+
+    score = score_experts(made, source)
+    assert list(score.values) == [accuracy(index, order) for index in range(2)]
+    assert score.mean > sum(accuracy(index, torch.arange(15)) for index in range(2)) / 2 + 0.2
+
+
 def test_networks_with_dropout_stay_students(source, tmp_path):
     def factory(shape, classes):
         return nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(math.prod(shape), classes))
@@ -123,3 +142,17 @@ def test_networks_with_dropout_stay_students(source, tmp_path):
     assert network.training
     assert not network[1].training
     assert not network[2].weight.requires_grad
+
+
+class Dropping(nn.Linear):
+    def forward(self, images):
+        return super().forward(nn.functional.dropout(images.flatten(1), 0.5, self.training))
+
+
+def test_experts_are_tested_without_functional_dropout_either(source, tmp_path):
+    register_network("functional", lambda shape, classes: Dropping(math.prod(shape), classes))
+    made = train_experts(source, EXPERTS, NetworkSpec("functional"), epochs=1, store=tmp_path, device="cpu")
+    before = torch.get_rng_state()
+    score_experts(made, source)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert made.network.module.training

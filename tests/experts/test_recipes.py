@@ -1,6 +1,6 @@
 """Each recipe against a slow loop written from its paper, and what only it promises."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -281,6 +281,30 @@ def test_on_a_parabola_steps_end_in_a_cycle_of_two():
 
 def test_on_a_parabola_adaptive_steps_shrink_by_a_constant():
     assert descend(FlatTraining(rho=0.1), 7) == pytest.approx(0.00373669, rel=1e-5)
+
+
+# What recipes are found by ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fading(PlainTraining):
+    """A user's recipe: its step size falls to 0 over all epochs."""
+
+    def learning_rate(self, epoch):
+        return self.lr * (1 - epoch / self.epochs)
+
+
+@pytest.mark.parametrize("training", [PlainTraining(), FlatTraining()], ids=lambda training: type(training).__name__)
+def test_experts_of_few_epochs_are_the_beginning_of_those_of_more(training):
+    assert replace(training, epochs=7).identity() == training.identity()
+    assert training.identity() == {name: value for name, value in to_dict(training).items() if name != "epochs"}
+    assert replace(training, lr=0.5).identity() != training.identity()
+
+
+@pytest.mark.parametrize("training", [SmoothTraining(), Fading()], ids=lambda training: type(training).__name__)
+def test_experts_whose_schedule_depends_on_the_number_of_epochs_are_others(training):
+    assert training.identity() == to_dict(training)
+    assert replace(training, epochs=7).identity() != training.identity()
 
 
 # Smooth -----------------------------------------------------------------------------------------------------

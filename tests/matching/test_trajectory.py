@@ -1,6 +1,6 @@
 """The parts of an outer step of trajectory matching."""
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,10 +31,20 @@ def test_mini_batches_larger_than_the_set_are_the_set():
 
 def test_the_step_size_is_its_parameter_down_to_its_start_and_positive_below():
     rate = StepSize(0.02)
-    for raw, expected in ((0.02, 0.02), (0.05, 0.05), (0.0, 0.02 / math.e), (-0.5, 0.02 * math.exp(-26))):
+    for raw, expected in ((0.02, 0.02), (0.05, 0.05), (7.0, 7.0), (0.0, 0.01), (-0.5, 0.02 / 27)):
         rate.raw.data.fill_(raw)
         assert rate().item() == pytest.approx(expected, rel=1e-5)
         assert rate().item() > 0
+
+
+def test_the_step_size_can_come_back_from_far_below():
+    rate = StepSize(0.02)
+    rate.raw.data.fill_(-200 * 0.02)
+    rate().backward()
+    assert rate().item() == pytest.approx(0.02 / 202, rel=1e-5)
+    assert float(rate.raw.grad) > 1e-5
+    rate.raw.data.fill_(-1e6)
+    assert rate().item() > 0
 
 
 @pytest.mark.parametrize("raw", [0.02, 0.019999, 0.03])
@@ -71,6 +81,23 @@ def test_a_segment_gives_the_snapshots_of_its_expert(source):
     assert not torch.equal(start, later)
 
 
+@pytest.mark.parametrize(
+    ("precision", "lr", "setting", "mend"),
+    [
+        ("float16", 1e-9, "experts.precision", "take 'float32'.* or raise experts.training.lr = 1e-09"),
+        ("float32", 1e-30, "experts.training.lr", "raise it"),
+    ],
+)
+def test_an_expert_that_stands_still_is_refused(source, precision, lr, setting, mend):
+    training = PlainTraining(epochs=4, batch_size=12, lr=lr)
+    method = replace(METHOD, experts=Experts(count=1, precision=precision, training=training))
+    run = run_of(source)
+    segment = method.segment(run, 0)
+    with pytest.raises(InvalidSetting, match=rf"same parameters after epochs {segment.epoch} and .*{mend}") as caught:
+        method.step(run, begin(method, run), 0)
+    assert caught.value.setting == setting
+
+
 def test_the_loss_falls_below_1_as_the_images_learn(source):
     method = MTT(
         ipc=2,
@@ -97,8 +124,6 @@ def test_the_loss_falls_below_1_as_the_images_learn(source):
     ],
 )
 def test_windows_that_do_not_fit_are_refused(source, settings, name):
-    from dataclasses import replace
-
     with pytest.raises(InvalidSetting, match=name):
         replace(METHOD, **settings).check(source)
 

@@ -1,6 +1,7 @@
-"""An outer step of trajectory matching written plainly: networks copied, every step's graph kept."""
+"""An outer step of trajectory matching written plainly: networks copied, every step's graph kept; tables of presets."""
 
 import copy
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -49,3 +50,32 @@ def followed(method, run, state, iteration, start, *, momentum=0.0, factor=1.0):
 def gap(end, start, target):
     """The normalised distance of two vectors."""
     return ((end - target.double()) ** 2).sum() / ((start.double() - target.double()) ** 2).sum()
+
+
+COLUMNS = (
+    "ipc",
+    "student_steps",
+    "expert_epochs",
+    "max_start_epoch",
+    "batch_size",
+    "lr_images",
+    "lr_lr",
+    "lr_student",
+    "iterations",
+)
+
+
+def table_of(method, *more):
+    """All presets by name: `COLUMNS`, ``more`` (of experts: with dots), and whether images are whitened.
+
+    Everything else must be as by default, and experts must reach as far as students are led.
+    """
+    columns = (*COLUMNS, *more)
+    found = {}
+    for name, preset in method.presets.items():
+        made = method.preset(name)
+        told = {column.split(".")[0] for column in columns}
+        assert set(preset.settings) <= told, name
+        assert made.last_epoch <= made.experts.training.epochs, name
+        found[name] = (*attrgetter(*columns)(made), "zca='unit'" in preset.source)
+    return found

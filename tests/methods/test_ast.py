@@ -5,16 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from methods.following import followed, gap
+from methods.following import followed, gap, table_of
 from methods.stepping import begin, run_of
 
+from dsdistill.errors import InvalidSetting
 from dsdistill.experts import Experts, SmoothTraining
 from dsdistill.methods import AST
 from dsdistill.methods.ast import balance, perturbed
 from dsdistill.networks import FlatNetwork, NetworkSpec
 from dsdistill.testing import check_synthesizer, toy_source
 
-SMALL = NetworkSpec(width=4, depth=1)
+SMevery = NetworkSpec(width=4, depth=1)
 FEW = Experts(count=2, training=SmoothTraining(epochs=6, batch_size=12, lr=0.01))
 METHOD = AST(
     ipc=2,
@@ -25,7 +26,7 @@ METHOD = AST(
     batch_size=4,
     lr_images=1.0,
     lr_student=0.01,
-    network=SMALL,
+    network=SMevery,
     experts=FEW,
 )
 
@@ -35,6 +36,7 @@ METHOD = AST(
     [
         *[(0, 20, 0.557), (5, 20, 0.627), (9, 20, 0.732), (10, 20, 1.292), (15, 20, 1.594), (19, 20, 1.760)],
         *[(0, 40, 0.483), (20, 40, 1.292), (39, 40, 2.048)],
+        *[(6, 15, 0.732), (7, 15, 1.292), (14, 15, 1.683)],  # half of an odd number is rounded down
     ],
 )
 def test_balance(epoch, end, expected):
@@ -120,6 +122,29 @@ def test_the_start_is_representative_of_each_class(source):
         assert logits.shape == (12, 3)
     other = begin(replace(method, init="random"), run).images.decode().images
     assert not torch.equal(images, other)
+
+
+def test_a_student_that_makes_fewer_steps_than_stops_is_refused(source):
+    few = replace(METHOD, student_steps=2)
+    with pytest.raises(InvalidSetting, match=r"AST.student_steps = 2 .*expert_epochs=3.*intermediate='none'"):
+        few.check(source)
+    replace(few, intermediate="none").check(source)
+    replace(few, student_steps=3).check(source)
+
+
+def test_presets_are_those_of_the_authors():
+    near, every, off = "representative", "aggregate", "none"
+    assert table_of(AST, "init", "balance", "intermediate", "perturbation", "momentum_student", "experts.training") == {
+        name: (*row, 0.9, SmoothTraining(), white)
+        for name, (*row, white) in {
+            "cifar100/ipc1": (1, 20, 3, 20, None, 1000, 1e-5, 0.01, 5000, near, True, every, 1, True),
+            "cifar100/ipc1/script": (1, 40, 3, 15, None, 100, 1e-5, 0.01, 5000, near, False, every, 1, False),
+            "cifar100/ipc10": (10, 20, 2, 30, 128, 1000, 1e-5, 0.01, 5000, near, False, every, 1, False),
+            "cifar100/ipc50": (50, 80, 2, 40, 700, 1000, 1e-5, 0.01, 5000, near, False, off, 0, False),
+            "cifar10/ipc10": (10, 30, 2, 20, None, 100, 1e-6, 0.01, 5000, "random", True, every, 1, True),
+            "tiny_imagenet/ipc1": (1, 10, 2, 10, None, 10_000, 1e-4, 0.01, 5000, "random", False, every, 1, False),
+        }.items()
+    }
 
 
 @pytest.mark.parametrize("changes", [{"init": "random"}, {"intermediate": "none", "balance": False}], ids=str)

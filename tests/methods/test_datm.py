@@ -1,9 +1,11 @@
 """DATM: its window, its start, its guard."""
 
+import gc
 from dataclasses import replace
 
 import pytest
 import torch
+from methods.following import table_of
 from methods.stepping import begin, run_of
 
 from dsdistill import synthesize
@@ -50,6 +52,16 @@ def test_students_start_inside_the_window(source):
     run = run_of(source)
     assert {method.segment(run, i, method.window_end(0)).epoch for i in range(20)} == {1}
     assert {method.segment(run, i, method.window_end(60)).epoch for i in range(40)} == {1, 2, 3}
+
+
+def test_a_step_takes_the_window_of_its_iteration(source):
+    method = replace(METHOD, first_max_start_epoch=1, grown=30)
+    run = run_of(source)
+    state = begin(method, run)
+    starts = [float(method.step(run, state, iteration)["start_epoch"]) for iteration in range(50)]
+    assert set(starts[:10]) == {0}
+    assert max(starts[10:20]) <= 1
+    assert set(starts[30:]) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("first", [1, 5])
@@ -115,6 +127,78 @@ def test_labels_start_from_the_experts_that_are_right(source):
         assert torch.allclose(found[place], expected, atol=1e-5)
 
 
+def test_experts_with_batch_normalisation_see_mixed_classes(source):
+    method, run = replace(METHOD, network=replace(SMALL, norm="batch")), run_of(source, chunk=6)
+    trajectories, rows = method.trajectories(run), torch.arange(12)  # class after class
+    images, labels = run.source.gather(rows), HardLabels(run.source.targets[rows], 3)
+    assert run.couples_batches
+    found = agreed_logits(run, trajectories, 1, [0], Pixels(images), labels)
+    theta, order = trajectories.snapshots(0, [1])[0], torch.randperm(12, generator=run.rng.at("outputs", device="cpu"))
+    expected = torch.empty(12, 3)
+    for part in order.split(6):
+        expected[part] = trajectories.network(theta, images[part])
+    assert torch.allclose(found, expected, atol=1e-5)
+    in_order = torch.cat([trajectories.network(theta, part) for part in images.split(6)])
+    assert float((found - in_order).abs().max()) > 1e-3
+
+
+class Told:
+    """Experts of which each makes of image i, whose pixels are i, what a table (experts, images, classes) says."""
+
+    def __init__(self, table):
+        self.table = torch.tensor(table)
+
+    def snapshots(self, expert, epochs):
+        return self.table[expert].reshape(1, -1).expand(len(epochs), -1)
+
+    def network(self, theta, images):
+        return theta.view(self.table.shape[1:])[images[:, 0, 0, 0].long()]
+
+
+def labels_by(told, run, classes):
+    images = torch.arange(len(classes)).float()[:, None, None, None].expand(-1, 3, 8, 8)
+    labels = HardLabels(torch.tensor(classes), 3)
+    return agreed_logits(run, told, 0, range(len(told.table)), Pixels(images), labels)
+
+
+def test_labels_of_experts_that_disagree(source):
+    told = Told(
+        [
+            [[5.0, 1.0, 0.0], [5.0, 1.0, 0.0], [5.0, 1.0, 0.0]],
+            [[1.0, 3.0, 6.0], [0.0, 1.0, 4.0], [7.0, 2.0, 0.0]],
+            [[3.0, 2.0, 2.0], [0.0, 9.0, 4.0], [3.0, 0.0, 6.0]],
+        ]
+    )
+    found = labels_by(told, run_of(source, chunk=2), [0, 1, 1])
+    first_and_last, last, none_is_right = [4.0, 1.5, 1.0], [0.0, 9.0, 4.0], [5.0, 1.0, 2.0]
+    assert torch.allclose(found, torch.tensor([first_and_last, last, none_is_right]))
+
+
+def test_labels_of_many_experts_take_no_more_memory_than_those_of_few(source):
+    images, alive = 7, []
+
+    class Counted(Told):
+        def network(self, theta, images):
+            alive.append(sum(type(one) is torch.Tensor and one.shape == (7, 3) for one in gc.get_objects()))
+            return super().network(theta, images)
+
+    labels_by(Counted(torch.zeros(6, images, 3).tolist()), run_of(source), [0] * images)
+    assert len(alive) == 6
+    assert len(set(alive[1:])) == 1
+
+
+def test_labels_start_from_all_experts(source):
+    run = run_of(source)
+    state = begin(METHOD, run)
+    hard = HardLabels(state.labels.classes, 3)
+    found = [
+        agreed_logits(run, METHOD.trajectories(run), METHOD.last_epoch, range(count), state.images, hard)
+        for count in (1, 2, 3)
+    ]
+    assert torch.equal(state.labels.logits, found[2])
+    assert not any(torch.allclose(state.labels.logits, few) for few in found[:2])
+
+
 def test_every_label_starts_with_its_class_on_top(source):
     state = begin(METHOD, run_of(source))
     assert isinstance(state.labels, SoftLabels)
@@ -171,3 +255,27 @@ def test_a_run_that_only_skips_is_stopped(source):
 @pytest.mark.parametrize("changes", [{"init": "random"}, {"labels": "hard"}, {"form": Tiled(factor=2)}], ids=str)
 def test_datm_keeps_the_contract_in_its_variants(changes):
     assert len(check_synthesizer(replace(METHOD, **changes))) == 9
+
+
+def test_presets_are_those_of_the_authors():
+    window = ("min_start_epoch", "first_max_start_epoch", "grown")
+    more = ("lr_labels", "momentum_labels", "guard", "init")
+    common = (0.01, 10_000)
+    right, alpha = "correct", 0.3
+    assert table_of(DATM, *window, *more, "experts.training.alpha", "experts.training.epochs") == {
+        name: (*row[:7], *common, *row[7:11], 0.9, *row[11:], alpha, 100, True)
+        for name, row in {
+            "cifar10/ipc1": (1, 80, 2, 4, 10, 100, 1e-7, 0, None, None, 5, 1.1, right),
+            "cifar10/ipc10": (10, 80, 2, 20, 100, 100, 1e-5, 0, 10, 1000, 2, 1, right),
+            "cifar10/ipc50": (50, 80, 2, 40, 500, 1000, 1e-5, 0, 20, 2000, 2, 1, right),
+            "cifar10/ipc500": (500, 40, 2, 60, 1000, 50, 1e-5, 40, None, None, 10, 1, right),
+            "cifar10/ipc1000": (1000, 100, 2, 60, 1000, 50, 1e-5, 40, None, None, 10, 1, right),
+            "cifar100/ipc1": (1, 40, 3, 20, None, 1000, 1e-5, 0, 10, 1000, 10, 1, right),
+            "cifar100/ipc10": (10, 80, 2, 50, 1000, 1000, 1e-5, 0, 30, 2000, 10, 1, right),
+            "cifar100/ipc50": (50, 80, 2, 70, 1000, 1000, 1e-5, 20, None, None, 10, 1, "random"),
+            "cifar100/ipc100": (100, 80, 2, 70, 1000, 50, 1e-5, 30, None, None, 10, 1, right),
+            "tiny_imagenet/ipc1": (1, 40, 2, 20, None, 10_000, 1e-4, 0, 15, 2000, 10, 1, right),
+            "tiny_imagenet/ipc10": (10, 40, 2, 50, 500, 100, 1e-4, 10, None, None, 10, 1, right),
+            "tiny_imagenet/ipc50": (50, 20, 2, 70, 1000, 100, 1e-4, 40, None, None, 10, 1, right),
+        }.items()
+    }

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from methods.following import table_of
 from methods.stepping import begin, run_of
 
 from dsdistill import synthesize
@@ -81,8 +82,16 @@ def test_the_average_is_stored_under_fyi_too(source, store):
 
 
 def test_presets_are_those_of_the_authors():
-    row = FTD.preset("cifar10/ipc1")
-    assert (row.average, row.experts.training.alpha, row.experts.training.rho) == (0.9999, 0.3, 0.01)
-    assert FTD.preset("cifar100/ipc50").batch_size == 1000
+    assert table_of(FTD, "experts.training.rho", "experts.training.alpha", "average") == {
+        "cifar10/ipc1": (1, 50, 2, 2, None, 100, 1e-7, 0.01, 5000, 0.01, 0.3, 0.9999, True),
+        "cifar10/ipc10": (10, 30, 2, 20, None, 100, 1e-5, 0.001, 5000, 0.01, 0.3, 0.9995, True),
+        "cifar10/ipc50": (50, 30, 2, 40, None, 1000, 1e-5, 0.01, 5000, 0.01, 1.0, 0.999, False),
+        "cifar100/ipc1": (1, 40, 3, 20, None, 1000, 1e-5, 0.01, 5000, 0.01, 1.0, 0.9995, True),
+        "cifar100/ipc10": (10, 20, 2, 40, None, 1000, 1e-5, 0.01, 5000, 0.01, 1.0, 0.9995, True),
+        "cifar100/ipc50": (50, 80, 2, 40, 1000, 1000, 1e-5, 0.01, 5000, 0.01, 1.0, 0.999, True),
+        "tiny_imagenet/ipc1": (1, 30, 2, 10, None, 10_000, 1e-4, 0.01, 5000, 0.01, 1.0, 0.999, False),
+        "tiny_imagenet/ipc10": (10, 20, 2, 40, 500, 10_000, 1e-4, 0.01, 5000, 0.01, 1.0, 0.999, False),
+    }
     for name in FTD.presets:
-        assert FTD.preset(name).last_epoch <= FTD.preset(name).experts.training.epochs
+        training = replace(FTD.preset(name).experts.training, alpha=1.0)
+        assert replace(FTD.preset(name).experts, training=training) == FTD().experts

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from methods.following import followed, gap
+from methods.following import followed, gap, table_of
 from methods.stepping import begin, run_of
 
 from dsdistill import synthesize
@@ -168,9 +168,19 @@ def test_mtt_keeps_the_contract_in_all_its_variants(changes):
 
 
 def test_presets_are_those_of_the_authors():
-    row = MTT.preset("cifar10/ipc10")
-    assert (row.student_steps, row.expert_epochs, row.max_start_epoch) == (30, 2, 20)
-    assert (row.lr_images, row.lr_lr, row.lr_student, row.batch_size) == (100, 1e-5, 1e-3, None)
-    assert MTT.preset("cifar100/ipc1").expert_epochs == 3
-    assert MTT.preset("cifar100/ipc50").batch_size == 125
-    assert MTT.preset("cifar10/ipc1/tesla").backward == "truncated"
+    subsets = [f"imagenet_{name}" for name in ("nette", "woof", "fruit", "meow", "squawk", "yellow")]
+    assert table_of(MTT, "backward") == {
+        "cifar10/ipc1": (1, 50, 2, 2, None, 100, 1e-7, 0.01, 5000, "sweep", True),
+        "cifar10/ipc10": (10, 30, 2, 20, None, 100, 1e-5, 0.001, 5000, "sweep", True),
+        "cifar10/ipc50": (50, 30, 2, 40, None, 1000, 1e-5, 0.001, 5000, "sweep", False),
+        "cifar100/ipc1": (1, 20, 3, 20, None, 1000, 1e-5, 0.01, 5000, "sweep", True),
+        "cifar100/ipc10": (10, 20, 2, 20, None, 1000, 1e-5, 0.01, 5000, "sweep", False),
+        "cifar100/ipc50": (50, 80, 2, 40, 125, 1000, 1e-5, 0.01, 5000, "sweep", True),
+        "tiny_imagenet/ipc1": (1, 10, 2, 10, None, 10_000, 1e-4, 0.01, 5000, "sweep", False),
+        "tiny_imagenet/ipc10": (10, 20, 2, 40, 200, 10_000, 1e-4, 0.01, 5000, "sweep", False),
+        "tiny_imagenet/ipc50": (50, 20, 2, 40, 300, 10_000, 1e-4, 0.01, 5000, "sweep", False),
+        **{f"{name}/ipc1": (1, 20, 2, 10, None, 1000, 1e-6, 0.01, 5000, "sweep", False) for name in subsets},
+        **{f"{name}/ipc10": (10, 20, 2, 10, 20, 1000, 1e-6, 0.01, 5000, "sweep", False) for name in subsets},
+        "cifar10/ipc1/tesla": (1, 50, 2, 5, None, 1000, 1e-7, 0.01, 10_000, "truncated", False),
+        "cifar100/ipc50/tesla": (50, 80, 2, 40, 125, 1000, 1e-5, 0.01, 10_000, "truncated", True),
+    }

@@ -1,13 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.experts import Experts, PlainTraining
+from dsdistill.methods import MTT
 from dsdistill.networks import ConvNet, Need, NetworkSpec, check_needs, register_network
 from dsdistill.networks import spec as spec_module
 from dsdistill.networks.spec import BUILTIN
 
-ALL: tuple[Need, ...] = ("features", "maps", "batch-independent", "second-order")
+ALL: tuple[Need, ...] = ("features", "maps", "batch-independent", "second-order", "deterministic")
 SHAPE = (3, 8, 8)
 
 
@@ -44,6 +48,37 @@ class Once(torch.autograd.Function):
 class Square(nn.Module):
     def forward(self, values):
         return Once.apply(values)
+
+
+class Dropping(nn.Module):
+    """Functional dropout, which no mode but evaluation silences."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, values):
+        return nn.functional.dropout(values, self.rate, self.training)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth that skips so rarely that two results are nearly always the same."""
+
+    def forward(self, values):
+        kept = torch.rand(len(values), 1) < 0.999 if self.training else torch.ones(len(values), 1)
+        return values * kept
+
+
+class Counting(nn.Module):
+    """Draws nothing, but remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, values):
+        self.seen += 1
+        return values * self.seen
 
 
 class ConvolutionalHead(nn.Module):
@@ -98,11 +133,28 @@ def test_batch_normalisation_is_seen(name):
         (lambda: convolutional(nn.Linear(4, 2), Together()), {"batch-independent"}),
         (lambda: convolutional(nn.BatchNorm1d(4), nn.Linear(4, 2)), {"batch-independent"}),
         (lambda: convolutional(Square(), nn.Linear(4, 2)), {"second-order"}),
+        (lambda: convolutional(Dropping(0.5), nn.Linear(4, 2)), {"deterministic"}),
+        (lambda: convolutional(Dropping(0.0), nn.Linear(4, 2)), set()),
+        (lambda: convolutional(DropPath(), nn.Linear(4, 2)), {"deterministic"}),
+        (lambda: convolutional(Counting(), nn.Linear(4, 2)), {"deterministic"}),
         (ConvolutionalHead, {"features"}),
         (lambda: functional(torch.relu), {"maps"}),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2)), {"maps"}),
     ],
-    ids=["all", "dropout", "coupled", "batchnorm", "once", "head", "functional", "linear"],
+    ids=[
+        "all",
+        "dropout",
+        "coupled",
+        "batchnorm",
+        "once",
+        "dropping",
+        "rate 0",
+        "drop path",
+        "counting",
+        "head",
+        "functional",
+        "linear",
+    ],
 )
 def test_what_a_factorys_network_lacks_is_found_by_running_it(make, unmet):
     register_network("mine", lambda shape, num_classes: make())
@@ -115,6 +167,42 @@ def test_what_a_factorys_network_lacks_is_found_by_running_it(make, unmet):
         else:
             NetworkSpec("mine").require([need], SHAPE, 2)
     assert torch.equal(torch.get_rng_state(), state), "the caller's random state was disturbed"
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_built_in_networks_are_deterministic(name):
+    """With parameters: without, the question has no answer."""
+    network = NetworkSpec(name).build((3, 32, 32), 2, generator=torch.Generator().manual_seed(0), device="cpu")
+    check_needs(name, network, ["deterministic"], (3, 32, 32))
+
+
+def test_a_method_that_makes_steps_again_refuses_chance(source):
+    def factory(rate):
+        return lambda shape, classes: nn.Sequential(nn.Flatten(), Dropping(rate), nn.Linear(192, classes))
+
+    register_network("still", factory(0.0))
+    register_network("dropping", factory(0.5))
+    experts = Experts(training=PlainTraining(epochs=3))
+    method = MTT(ipc=1, max_start_epoch=2, expert_epochs=1, network=NetworkSpec("still"), experts=experts)
+    method.check(source)
+    with pytest.raises(InvalidSetting, match=r"'dropping'.*'deterministic' of its network"):
+        replace(method, network=NetworkSpec("dropping")).check(source)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_each_part_stays(training):
+    network = convolutional(nn.Dropout(), nn.Linear(4, 2)).train(training)
+    network[0].train(not training)
+    modes = [part.training for part in network.modules()]
+    check_needs("mine", network, ["deterministic"], SHAPE)
+    assert [part.training for part in network.modules()] == modes
+
+
+def test_chance_is_sought_in_training_mode():
+    with pytest.raises(InvalidSetting, match=r"'deterministic' .*draws random numbers.*torch\.nn\.Dropout"):
+        check_needs("mine", convolutional(Dropping(0.5), nn.Linear(4, 2)).eval(), ["deterministic"], SHAPE)
+    with pytest.raises(InvalidSetting, match=r"'deterministic' .*other results .*same images again"):
+        check_needs("mine", convolutional(Counting(), nn.Linear(4, 2)), ["deterministic"], SHAPE)
 
 
 def test_features_must_be_one_row_per_image():

@@ -4,12 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Job, Run, Shared
 from dsdistill.errors import BadData, InvalidSetting, ShapeMismatch, UnknownName
 from dsdistill.networks import NetworkSpec, embed
-from dsdistill.selection import Extractor, choose, class_features, class_outputs, features, herding_indices, pick
+from dsdistill.networks import spec as spec_module
+from dsdistill.selection import (
+    Extractor,
+    choose,
+    class_features,
+    class_outputs,
+    features,
+    herding_indices,
+    image_outputs,
+    pick,
+)
 from dsdistill.training import TrainingRecipe
 
 SMALL = NetworkSpec(width=4, depth=1)
@@ -66,6 +77,53 @@ def test_images_do_not_see_one_another(source):
     for left, right, third in zip(one, whole, few, strict=True):
         assert torch.allclose(left, right, atol=1e-5)
         assert torch.allclose(third, right, atol=1e-5)
+
+
+def coupled(run):
+    """Logits of a network that takes the statistics of its batch, as experts with batch normalisation do."""
+    return run.network(replace(SMALL, norm="batch"), 0)
+
+
+def mixed_by_hand(run, network, count=36):
+    """Outputs for images in storage order that passed in the order of the run's stream."""
+    order = torch.randperm(count, generator=run.rng.scoped("").at("outputs", device="cpu"))
+    found = torch.zeros(count, 3)
+    for rows in torch.tensor_split(order, -(-count // run.chunk)):
+        found[rows] = network(run.source.gather(rows))
+    return found
+
+
+@pytest.mark.parametrize("job", ["", "class/1"])
+def test_images_of_a_coupled_batch_pass_mixed(job, source):
+    run = run_of(source, chunk=10, classes=(2, 1))
+    network = coupled(run)
+    run = run.scoped(Job(job, (2, 1)))
+    wanted = mixed_by_hand(run, network)
+    for index, found in zip((2, 1), class_outputs(run, network), strict=True):
+        rows = torch.arange(12 * index, 12 * (index + 1))
+        assert torch.equal(found, wanted[rows])
+        assert not torch.allclose(found, network(source.gather(rows)), atol=0.01)  # a batch of one class
+    assert torch.equal(image_outputs(run, network, source.gather(torch.arange(36))), wanted)
+
+
+def test_images_that_do_not_couple_pass_in_their_order(source):
+    run = run_of(source, chunk=5)
+    network, images = run.network(SMALL, 0), source.gather(torch.arange(12))
+    parts = torch.cat([network(part) for part in images.split(5)])
+    assert torch.equal(image_outputs(run, network, images), parts)
+    assert torch.equal(next(class_outputs(run, network)), parts)
+
+
+def test_an_extractor_without_statistics_of_its_own_sees_mixed_images(source, monkeypatch):
+    def factory(shape, classes):
+        norm = nn.BatchNorm1d(192, affine=False, track_running_stats=False)
+        return nn.Sequential(nn.Flatten(), norm, nn.Linear(192, classes))
+
+    monkeypatch.setattr(spec_module, "_registered", {"own": factory})
+    extractor = Extractor(network=NetworkSpec("own"), training=None)
+    first = next(class_features(run_of(source, chunk=12), extractor))
+    # The brightness of a class is gone where each of its images is compared with its like.
+    assert first.mean() < -0.5
 
 
 def _as_made(source, extractor):
