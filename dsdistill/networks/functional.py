@@ -249,7 +249,8 @@ def _swept(
     backward: Backward,
 ) -> Unrolled:
     shown, wanted = _leaf(images), _leaf(targets) if targets.is_floating_point() else targets
-    path = _walked(student, start.detach(), rate.detach(), shown, wanted, backward)
+    # A copy: the compiler's forward mode takes no vector that is a view of more.
+    path = _walked(student, start.detach().clone(), rate.detach(), shown, wanted, backward)
     watched = [_leaf(path[after].theta) for after in outer.at]
     loss = outer.loss(watched)
     slopes = dict(zip(outer.at, torch.autograd.grad(loss, watched), strict=True))

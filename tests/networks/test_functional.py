@@ -361,16 +361,25 @@ def test_a_flat_network_is_its_module(norm):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of code of its own
-@pytest.mark.parametrize("classes", [True, False])
-def test_the_compiled_way_is_the_forward_one(classes):
+@pytest.mark.parametrize(("classes", "steps"), [(True, 5), (False, 5), (True, 1)])
+def test_the_compiled_way_is_the_forward_one(classes, steps):
     images = draws(COUNT, 3, 32, 32, dtype=torch.float32)
     network = NetworkSpec(width=16, depth=2, activation="swish")
     module = network.build((3, 32, 32), CLASSES, generator=torch.Generator().manual_seed(0), device="cpu")
     flat = FlatNetwork(frozen(module))
-    start = flat.vector()
-    outer = Outer(lambda states: (states[0] - 1.01 * start).square().sum(), (5,))
+    start = torch.stack([flat.vector(), flat.vector()])[1]  # a view of more, as an expert's snapshot is
+    outer = Outer(lambda states: (states[0] - 1.01 * start).square().sum(), (steps,))
     setting = Setting(
-        5, 3, HEAVY, 0.01, outer=outer, classes=classes, images=images, logits=LOGITS.float(), flat=flat, start=start
+        steps,
+        3,
+        HEAVY,
+        0.01,
+        outer=outer,
+        classes=classes,
+        images=images,
+        logits=LOGITS.float(),
+        flat=flat,
+        start=start,
     )
     (found, ours), (expected, slopes) = setting.run("compiled"), setting.run("forward")
     torch.testing.assert_close(found, expected)
