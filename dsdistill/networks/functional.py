@@ -27,7 +27,7 @@ A student starts at θ_0 and makes T steps on mini-batches of synthetic images X
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ from dsdistill.networks.rules import SGD, Moments, Rule
 Backward = Literal["sweep", "forward", "compiled", "unroll", "truncated"]
 Show = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(step, X, Y) -> the images (b, C, H, W) and targets (b,) or (b, K) of that step; the same ones at every call."""
+Pull = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""Direction (P,) -> its product with the Jacobian of g in θ, images and targets; see `Student.pull`."""
 
 
 class FlatNetwork:
@@ -168,16 +170,16 @@ class Student:
                 product = self.network.compiled_product if backward == "compiled" else self.network.product
                 found = product(theta, part, wanted, direction * scale)
             else:
-                found = self._twice(theta, part, wanted, direction * scale, exact=backward != "truncated")
+                found = self._twice(theta, part, wanted, exact=backward != "truncated")[1](direction * scale)
             of_theta += found[0]
             of_images.append(found[1])
             of_targets += found[2:]
         return of_theta, torch.cat(of_images), torch.cat(of_targets) if soft else None
 
     def _twice(
-        self, theta: Tensor, images: Tensor, targets: Tensor, direction: Tensor, *, exact: bool
-    ) -> tuple[Tensor, ...]:
-        """The same product by differentiating twice in reverse mode."""
+        self, theta: Tensor, images: Tensor, targets: Tensor, *, exact: bool
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+        """The gradient of the summed loss, and the product of a direction with its Jacobian in reverse mode."""
         theta, images = _leaf(theta), _leaf(images)
         inputs = [images]
         if targets.is_floating_point():
@@ -185,9 +187,31 @@ class Student:
             inputs.append(targets)
         loss = self.network.loss(theta, images, targets)
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        wanted = [theta, *inputs] if exact else inputs
-        found = torch.autograd.grad(gradient, wanted, direction, allow_unused=True, materialize_grads=True)
-        return found if exact else (torch.zeros_like(theta), *found)
+
+        def product(direction: Tensor) -> tuple[Tensor, ...]:
+            wanted = [theta, *inputs] if exact else inputs
+            found = torch.autograd.grad(gradient, wanted, direction, allow_unused=True, materialize_grads=True)
+            return found if exact else (torch.zeros_like(theta), *found)
+
+        return gradient.detach(), product
+
+    def remakes(self, count: int, backward: Backward) -> bool:
+        """Whether g_i of ``count`` images need not be kept: made anew, it comes with the graph that its product takes.
+
+        Chunks would need all their graphs at once, and the derivative along a direction comes without it.
+        """
+        return backward in ("sweep", "truncated") and (self.chunk is None or count <= self.chunk)
+
+    def linearised(self, theta: Tensor, images: Tensor, targets: Tensor, backward: Backward) -> tuple[Tensor, Pull]:
+        """g made anew, and `pull` from the same graph, once; where `remakes` says so."""
+        scale = self.factor / len(images)
+        gradient, product = self._twice(theta, images, targets, exact=backward != "truncated")
+
+        def pull(direction: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            of_theta, of_images, *of_targets = product(direction * scale)
+            return of_theta, of_images, of_targets[0] if of_targets else None
+
+        return gradient * scale, pull
 
 
 class Outer(NamedTuple):
@@ -264,11 +288,17 @@ def _swept(
         here = path[-1]
         with torch.enable_grad():
             batch, labels = student.show(step, shown, wanted)
+        seen = here.theta, batch.detach(), labels.detach()
+        pull: Pull
+        if here.gradient is None:
+            gradient, pull = student.linearised(*seen, backward)
+        else:
+            gradient, pull = here.gradient, partial(student.pull, *seen, backward=backward)
         adjoint, of_gradient, of_moments, moved = _rule_pulled(
-            student.rule, here, rate.detach(), step, adjoint, of_moments
+            student.rule, here, gradient, rate.detach(), step, adjoint, of_moments
         )
         of_rate = of_rate + moved
-        of_theta, of_batch, of_labels = student.pull(here.theta, batch.detach(), labels.detach(), of_gradient, backward)
+        of_theta, of_batch, of_labels = pull(of_gradient)
         adjoint = adjoint + of_theta
         _hand_on([(batch, of_batch), (labels, of_labels)])
     _hand_on([(images, shown.grad), (targets, wanted.grad), (rate, of_rate)])
@@ -276,7 +306,7 @@ def _swept(
 
 
 class _Place(NamedTuple):
-    """The student before a step: θ_i, v_i, and g_i, which the rule's derivative may need."""
+    """The student before a step: θ_i, v_i, and g_i unless it is to be made anew (see `Student.remakes`)."""
 
     theta: Tensor
     moments: Moments
@@ -292,18 +322,17 @@ def _walked(
         with torch.no_grad():
             batch, labels = student.show(step, images, targets)
         gradient = student.gradient(theta, batch, labels, backward)
-        path.append(_Place(theta, moments, gradient))
+        path.append(_Place(theta, moments, None if student.remakes(len(batch), backward) else gradient))
         with torch.no_grad():
             theta, moments = student.rule.step(theta, gradient, moments, rate, step)
     return [*path, _Place(theta, moments, None)]
 
 
 def _rule_pulled(
-    rule: Rule, here: _Place, rate: Tensor, step: int, adjoint: Tensor, of_moments: Moments
+    rule: Rule, here: _Place, gradient: Tensor, rate: Tensor, step: int, adjoint: Tensor, of_moments: Moments
 ) -> tuple[Tensor, Tensor, Moments, Tensor]:
     """From the adjoints of what a step made to those of what it was given: θ, g, v and β."""
-    assert here.gradient is not None
-    theta, gradient, size = _leaf(here.theta), _leaf(here.gradient), _leaf(rate)
+    theta, gradient, size = _leaf(here.theta), _leaf(gradient), _leaf(rate)
     moments = tuple(map(_leaf, here.moments))
     with torch.enable_grad():
         after, kept = rule.step(theta, gradient, moments, size, step)
