@@ -31,6 +31,7 @@ from dsdistill.core.device import resolve_device
 from dsdistill.data import ImageSource
 from dsdistill.engine import Synthesizer
 from dsdistill.evaluation import EvaluationProtocol, Score, paired_difference
+from dsdistill.matching import TrajectoryMatching
 
 RANDOM = "RandomReal"
 
@@ -124,8 +125,19 @@ def scored(
     for seed in range(plan.seeds):
         out = folder / f"seed{seed}"
         clock = out.with_suffix(".seconds.json")
+        store = folder.parent / "store"
+        followed = getattr(method, "base", method)
+        if isinstance(followed, TrajectoryMatching):  # the first to ask for experts would pay for all who share them
+            dd.train_experts(
+                source,
+                followed.experts,
+                followed.network,
+                epochs=followed.last_epoch,
+                store=store,
+                device=source.device,
+            )
         begin = time.perf_counter()
-        made = dd.synthesize(method, source, seed=seed, device=source.device, out=out, store=folder.parent / "store")
+        made = dd.synthesize(method, source, seed=seed, device=source.device, out=out, store=store)
         if not clock.exists():  # of a run that was interrupted, it is the time of its last part
             storage.write_json(clock, {"seconds": time.perf_counter() - begin})
         seconds.append(storage.read_json(clock)["seconds"])
@@ -148,7 +160,8 @@ def scored(
 def ends_of_loss(log: Path) -> tuple[float, float] | None:
     """Mean loss of the first and of the last tenth of the steps of a run, or None where it has none."""
     told = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    values = [one["loss"] for one in told if "loss" in one]
+    # A sum of several distances tells less than the last of them, which is what other methods call their loss.
+    values = [one.get("distance", one["loss"]) for one in told if "loss" in one]
     tenth = -(-len(values) // 10)
     return (statistics.mean(values[:tenth]), statistics.mean(values[-tenth:])) if values else None
 

@@ -101,7 +101,7 @@ class Whitening:
 
     @cached_property
     def fit_digest(self) -> str:
-        """sha256 of shape, eps and mean: which images it was fitted on, the same wherever that was done.
+        """sha256 of shape, eps and mean: which images `fit` made it of, the same wherever that was done.
 
         The matrices come out of a decomposition whose last bits depend on the machine and its number of threads; the
         mean is exact.

@@ -136,7 +136,7 @@ def _recipe(method: Synthesizer, source: ImageSource, seed: int, device: torch.d
             "name": source.name,
             "fingerprint": source.fingerprint,
             "counts": list(source.counts),
-            "normalization": source.normalization.to_json(),
+            "normalization": source.normalization.identity(),
             "mirror_safe": source.mirror_safe,
             **({"skipped_files": len(source.skipped)} if source.skipped else {}),
         },

@@ -143,7 +143,8 @@ def _run(
     require_instance("experts", experts, Experts, "which ones: dd.experts.Experts(count=10)")
     require_instance("network", network, NetworkSpec, "what they are: dd.networks.NetworkSpec()")
     resolved = resolve_device(device)
-    network.require((), source.shape, source.num_classes)
+    # What every method that follows them needs: nobody should train for hours what is then refused.
+    network.require(("second-order", "deterministic"), source.shape, source.num_classes)
     settle_allocator(resolved)
     return Run(
         source=source.train_only().to(resolved),

@@ -136,6 +136,9 @@ class Trainer:
         try:
             return self._directions[count](theta, *batch, factor)
         except (RuntimeError, ValueError) as error:
+            if self.compiled and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                told = f"a step of this network cannot be compiled here ({str(error).splitlines()[0]})"
+                raise InvalidSetting("Experts.compiled", True, f"{told}: false trains without") from error
             if count == 1 or "vmap" not in str(error):
                 raise
             allowed = f"this network cannot be stacked ({str(error).splitlines()[0]}): 1 trains experts one by one"

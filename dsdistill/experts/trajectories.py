@@ -46,7 +46,7 @@ class Experts:
     rounding only."""
     compiled: bool = False
     """Compile a step: about half a minute for each size of a batch and of a stack, then up to twice as quick. Changes
-    results by rounding only."""
+    results by rounding only. Estimates leave compiling out."""
 
     def __post_init__(self) -> None:
         validate(self)

@@ -36,6 +36,7 @@ from torch.func import functional_call, grad, jvp
 from torch.nn.functional import cross_entropy
 
 from dsdistill.core.device import in_parts
+from dsdistill.networks.plain_norm import plain_batchnorm
 from dsdistill.networks.rules import SGD, Moments, Rule
 
 Backward = Literal["sweep", "forward", "compiled", "unroll", "truncated"]
@@ -92,14 +93,21 @@ class FlatNetwork:
 
     def product(self, theta: Tensor, images: Tensor, targets: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
         """Gradients of ⟨∇_θ loss, direction⟩ in θ, images and, where they are probabilities, targets."""
+        network = self.forwardable
 
         def slope(theta: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-            value: Tensor = jvp(lambda point: self.loss(point, images, targets), (theta,), (direction,))[1]
+            value: Tensor = jvp(lambda point: network.loss(point, images, targets), (theta,), (direction,))[1]
             return value
 
         wanted = (0, 1, 2) if targets.is_floating_point() else (0, 1)
         products: tuple[Tensor, ...] = grad(slope, argnums=wanted)(theta, images, targets)
         return products
+
+    @cached_property
+    def forwardable(self) -> "FlatNetwork":
+        """The same function, whose derivative along a direction has a right gradient; as the modes are at first use."""
+        module = plain_batchnorm(self.module)
+        return self if module is self.module else FlatNetwork(module)
 
     @cached_property
     def compiled_slope(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -110,6 +118,7 @@ class FlatNetwork:
     @cached_property
     def compiled_product(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
         """`product`, compiled at its first call for each shape of images."""
+        _ = self.forwardable  # made outside of what is compiled
         compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(self.product, dynamic=False)
         return compiled
 

@@ -13,6 +13,7 @@ from dsdistill.augmentations import Siamese
 from dsdistill.core.config import from_dict, to_dict
 from dsdistill.core.rng import Rng
 from dsdistill.engine import frozen
+from dsdistill.errors import InvalidSetting
 from dsdistill.experts import Batch, Experts, ExpertTraining, FlatTraining, Learner, PlainTraining, SmoothTraining
 from dsdistill.experts.flat import ascent, orthogonal
 from dsdistill.experts.trainer import Pace, Trainer, _ChannelsLast
@@ -338,3 +339,17 @@ def test_the_penalty_draws_the_norm_of_each_pixel_to_its_target(double):
     for chunk in (None, 2):
         found = training.direction(Learner(network, chunk), theta.detach(), batch, torch.tensor(0.5))
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-13)
+
+
+def test_a_step_that_cannot_be_compiled_is_told_apart_from_one_that_cannot_be_stacked(source, monkeypatch):
+    from torch._dynamo.exc import TorchRuntimeError
+
+    def failing(*given, **options):
+        def call(*arguments):
+            raise TorchRuntimeError("no compiler inside vmap")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(InvalidSetting, match=r"Experts.compiled.*no compiler inside vmap.*false trains without"):
+        Trajectories(run_of(source), Experts(count=2, together=2, compiled=True, training=RECIPES["plain"]), SMALL, 1)

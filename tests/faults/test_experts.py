@@ -17,10 +17,10 @@ from faults.nursery import before_each_operation, ended, forked, two_classes
 from safetensors import safe_open
 
 from dsdistill import train_experts
-from dsdistill.experts import Experts, PlainTraining, shards
+from dsdistill.experts import Experts, PlainTraining, growth, shards
 from dsdistill.networks import NetworkSpec
 
-EXPERTS = Experts(count=2, training=PlainTraining(epochs=2, batch_size=4))
+EXPERTS = Experts(count=2, training=PlainTraining(epochs=3, batch_size=4, momentum=0.9))
 TESTS = Path(__file__).parents[1]
 
 
@@ -57,6 +57,7 @@ def test_experts_killed_before_anything_they_do_to_the_disk_are_the_same_in_the_
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    growth._KEEP_SECONDS = -1.0  # an expert is kept after each epoch, so that it may be killed half-grown
     out, every = Path(sys.argv[1]), int(sys.argv[2])
     train(out / "whole")
     expected = contents(out / "whole")

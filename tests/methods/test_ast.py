@@ -15,7 +15,7 @@ from dsdistill.methods.ast import balance, perturbed
 from dsdistill.networks import FlatNetwork, NetworkSpec
 from dsdistill.testing import check_synthesizer, toy_source
 
-SMevery = NetworkSpec(width=4, depth=1)
+SMALL = NetworkSpec(width=4, depth=1)
 FEW = Experts(count=2, training=SmoothTraining(epochs=6, batch_size=12, lr=0.01))
 METHOD = AST(
     ipc=2,
@@ -26,7 +26,7 @@ METHOD = AST(
     batch_size=4,
     lr_images=1.0,
     lr_student=0.01,
-    network=SMevery,
+    network=SMALL,
     experts=FEW,
 )
 

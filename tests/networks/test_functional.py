@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dsdistill.engine import frozen
-from dsdistill.networks import FlatNetwork, NetworkSpec, Outer, Student, backpropagate
+from dsdistill.networks import FlatNetwork, NetworkSpec, Outer, Student, backpropagate, functional
 from dsdistill.networks.rules import SGD, Adam, Rule
 
 COUNT, CLASSES = 6, 3
@@ -162,11 +162,24 @@ BETWEEN = Outer(lambda states: sum((n + 1) * (s - TARGET).square().sum() for n, 
         Setting(20, 4, SGD(momentum=0.8, nesterov=True, weight_decay=0.1), 0.03, outer=BETWEEN),
         Setting(4, 6, SGD(momentum=0.8, dampening=0.2), outer=BETWEEN._replace(at=(0, 1, 3))),
         Setting(5, 6, HEAVY, chunk=4),
+        Setting(5, 4, HEAVY, chunk=3),
+        Setting(5, 4, HEAVY, chunk=4),
         Setting(5, 6, HEAVY, chunk=1, classes=True),
         Setting(6, 4, Adam(eps=1e-3, weight_decay=0.1), 0.01),
         Setting(6, 4, Adam(betas=(0.5, 0.9), eps=1e-3, weight_decay=0.1, decoupled=True), 0.01),
     ],
-    ids=["between", "between-momentum", "nesterov", "start", "chunks", "classes", "adam", "adamw"],
+    ids=[
+        "between",
+        "between-momentum",
+        "nesterov",
+        "start",
+        "chunks",
+        "some-chunks",
+        "no-chunks",
+        "classes",
+        "adam",
+        "adamw",
+    ],
 )
 def test_every_exact_way_gives_the_same_with_all_there_is(setting):
     expected, slopes = setting.run("unroll")
@@ -385,3 +398,34 @@ def test_the_compiled_way_is_the_forward_one(classes, steps):
     torch.testing.assert_close(found, expected)
     assert_same(ours, slopes, 1e-5)
     assert_same(setting.run("sweep")[1], slopes, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("way", "chunk", "kept"),
+    [("sweep", None, []), ("truncated", None, []), ("sweep", 3, [4]), ("forward", None, [2, 4])],
+)
+def test_gradients_are_kept_only_where_they_are_not_made_anew(way, chunk, kept, monkeypatch):
+    """By the sizes of the mini-batches whose gradients were kept."""
+    walked, seen = functional._walked, []
+
+    def watching(student, theta, rate, images, targets, backward):
+        path = walked(student, theta, rate, images, targets, backward)
+        for step, place in enumerate(path[:-1]):
+            if place.gradient is not None:
+                seen.append(len(student.show(step, images, targets)[0]))
+        return path
+
+    monkeypatch.setattr(functional, "_walked", watching)
+    Setting(5, 4, HEAVY, chunk=chunk).run(way)
+    assert sorted(set(seen)) == kept
+
+
+@pytest.mark.parametrize("way", ["sweep", "forward"])
+def test_images_that_share_statistics_are_differentiated_as_a_whole(way):
+    """With running statistics too, and where the library's own derivatives are wrong."""
+    flat = FlatNetwork(built(norm="batch", activation="swish"))
+    outer = Outer(lambda ends: ends[0].square().sum(), (3,))
+    setting = Setting(3, 4, HEAVY, flat=flat, start=flat.vector(), outer=outer)
+    (found, ours), (expected, slopes) = setting.run(way), setting.run("unroll")
+    torch.testing.assert_close(found, expected)
+    assert_same(ours, slopes, 1e-11)
