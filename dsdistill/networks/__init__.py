@@ -7,6 +7,7 @@ from dsdistill.networks.functional import Backward, FlatNetwork, Outer, Student,
 from dsdistill.networks.initialize import embed, has_batchnorm, parameter_digest, reinitialize_
 from dsdistill.networks.inner_loop import unroll
 from dsdistill.networks.lenet import LeNet
+from dsdistill.networks.measured import MeasuredNetwork
 from dsdistill.networks.mlp import MLP
 from dsdistill.networks.needs import Need, check_needs
 from dsdistill.networks.resnet import ResNet18
@@ -23,6 +24,7 @@ __all__ = [
     "ConvNet",
     "FlatNetwork",
     "LeNet",
+    "MeasuredNetwork",
     "Need",
     "Network",
     "NetworkSpec",

@@ -14,21 +14,26 @@ from dsdistill.errors import InvalidSetting, MissingExtra, UnknownName
 Factory = Callable[[tuple[int, int, int], int], nn.Module]
 
 
-def library_factory(name: str) -> Factory | None:
+def library_factory(name: str, stem: str | None = None) -> Factory | None:
     """A factory ``(shape, num_classes) -> nn.Module`` for "torchvision:model" or "timm:model"; None for other names.
 
     The factory draws from the global generators and raises InvalidSetting where the model does not fit the images.
+
+    Args:
+        name: library and model.
+        stem: "small" gives models of torchvision a first convolution for small images; see `_shrink_stem`.
 
     Raises:
         UnknownName: the library has no such classifier.
         MissingExtra: the library is not installed.
     """
     library, _, model = name.partition(":")
-    finder = {"torchvision": _torchvision, "timm": _timm}.get(library)
-    return finder(model) if finder else None
+    if library == "torchvision":
+        return _torchvision(model, small=stem == "small")
+    return _timm(model) if library == "timm" else None
 
 
-def _torchvision(model: str) -> Factory:
+def _torchvision(model: str, small: bool) -> Factory:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -38,6 +43,8 @@ def _torchvision(model: str) -> Factory:
     def factory(shape: tuple[int, int, int], num_classes: int) -> nn.Module:
         options = _torchvision_options(model, shape)
         network = _made(f"torchvision:{model}", shape, models.get_model, model, num_classes=num_classes, **options)
+        if small:
+            _shrink_stem(f"torchvision:{model}", network)
         if shape[0] != 3:
             _adapt_first_conv(f"torchvision:{model}", network, shape[0])
         return network
@@ -113,6 +120,30 @@ def _adapt_first_conv(name: str, network: nn.Module, channels: int) -> None:
     shape = (first.out_channels, channels, *first.kernel_size)
     first.weight = nn.Parameter(torch.randn(shape) * weight.std() * math.sqrt(3 / channels))
     first.in_channels = channels
+
+
+def _shrink_stem(name: str, network: nn.Module) -> None:
+    """Let a network meant for 224 pixels see images of 32 or 64: its first convolution becomes one of 3x3 and stride 1,
+    freshly drawn if its kernel was larger, and pooling right after it is left out.
+
+    These are the variants of ResNet, DenseNet, MobileNetV2, ShuffleNetV2 and the like that papers use on CIFAR.
+
+    Raises:
+        InvalidSetting: the first convolution has stride 1 already, so that there is nothing to shrink.
+    """
+    place, first = next((place, part) for place, part in network.named_modules() if isinstance(part, nn.Conv2d))
+    if max(first.stride) == 1:
+        raise InvalidSetting(
+            "NetworkSpec.stem", "small", f"{name} begins with a convolution of stride 1: leave stem out"
+        )
+    if max(first.kernel_size) > 3:
+        bias = first.bias is not None
+        first = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, groups=first.groups, bias=bias)
+        network.set_submodule(place, first)
+    first.stride = (1, 1)
+    for pooling in ("maxpool", "features.pool0"):
+        if pooling in dict(network.named_modules()):
+            network.set_submodule(pooling, nn.Identity())
 
 
 def _unknown(library: str, model: str, known: Iterable[str]) -> UnknownName:

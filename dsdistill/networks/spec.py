@@ -83,6 +83,9 @@ class NetworkSpec:
     """Activation after each norm; None: "relu"."""
     pooling: Literal["none", "max", "avg"] | None = None
     """Pooling at the end of each block; None: "avg"."""
+    stem: Literal["small"] | None = None
+    """Of models of torchvision: "small" begins with a 3x3 convolution of stride 1 and no pooling, for images of 32 or
+    64 pixels; None: as the library has it."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -90,6 +93,8 @@ class NetworkSpec:
             hint = "Others: register_network, 'torchvision:model', 'timm:model', or 'package.module:function'."
             raise UnknownName("network", self.name, list_networks(), hint)
         allowed = BUILTIN[self.name].options if self.name in BUILTIN else ()
+        if self.stem is not None and not self.name.startswith("torchvision:"):
+            raise InvalidSetting("NetworkSpec.stem", self.stem, "only models of torchvision have this setting")
         for option, value in self._options().items():
             if option not in allowed:
                 owners = [name for name, network in BUILTIN.items() if option in network.options]
@@ -199,7 +204,7 @@ class NetworkSpec:
     def _factory(self) -> Factory:
         if self.name in _registered:
             return _registered[self.name]
-        return library_factory(self.name) or _imported(self.name)
+        return library_factory(self.name, self.stem) or _imported(self.name)
 
     def _call_factory(
         self, shape: tuple[int, int, int], num_classes: int, generator: torch.Generator, device: torch.device

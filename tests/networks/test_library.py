@@ -152,3 +152,36 @@ def test_networks_without_a_convolution_of_3_channels_cannot_be_adapted(monkeypa
 def test_other_names_belong_to_no_library():
     assert library_factory("package.module:function") is None
     assert library_factory("convnet") is None
+
+
+@pytest.mark.parametrize(
+    "model", ["resnet18", "resnet50", "densenet121", "mobilenet_v2", "shufflenet_v2_x0_5", "efficientnet_b0"]
+)
+def test_a_small_stem_halves_small_images_less_often(model):
+    shape, sizes = (3, 32, 32), {}
+    for stem in (None, "small"):
+        network = NetworkSpec(f"torchvision:{model}", stem=stem).build(shape, 4, generator=seeded(), device="cpu")
+        first = next(part for part in network.modules() if isinstance(part, nn.Conv2d))
+        kept = []
+        first.register_forward_hook(lambda _, arguments, result, kept=kept: kept.append(result.shape[-1]))
+        assert network.eval()(torch.zeros(1, *shape)).shape == (1, 4)
+        sizes[stem] = kept[0]
+        assert stem is None or (first.kernel_size, first.stride, first.padding) == ((3, 3), (1, 1), (1, 1))
+        assert (
+            stem is None or "maxpool" not in dict(network.named_modules()) or isinstance(network.maxpool, nn.Identity)
+        )
+    assert sizes == {None: 16, "small": 32}
+
+
+def test_a_small_stem_makes_resnet18_of_the_size_that_papers_state():
+    network = NetworkSpec("torchvision:resnet18", stem="small").build(
+        (3, 32, 32), 100, generator=seeded(), device="cpu"
+    )
+    assert sum(parameter.numel() for parameter in network.parameters()) == 11_220_132
+
+
+def test_a_stem_is_a_setting_of_torchvision_alone():
+    with pytest.raises(InvalidSetting, match="only models of torchvision"):
+        NetworkSpec("convnet", stem="small")
+    with pytest.raises(InvalidSetting, match="stride 1 already"):
+        NetworkSpec("torchvision:vgg11_bn", stem="small").build((3, 32, 32), 4, generator=seeded(), device="cpu")
