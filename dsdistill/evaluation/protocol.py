@@ -5,15 +5,24 @@ meaningful together with its protocol.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
-from dsdistill.augmentations import CutMix, Siamese, always_flip_color_cutout, flip_first
+from dsdistill.augmentations import (
+    CutMix,
+    Mixup,
+    PadCrop,
+    PatchShuffle,
+    ResizedCrop,
+    Siamese,
+    always_flip_color_cutout,
+    flip_first,
+)
 from dsdistill.errors import UnknownName
 from dsdistill.networks import NetworkSpec
-from dsdistill.training import TrainingRecipe
+from dsdistill.training import Distillation, TrainingRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +48,10 @@ class EvaluationProtocol(TrainingRecipe):
     validation_checks: Annotated[int, Ge(1)] = 10
     """How often, evenly over the epochs, a network is then scored on them."""
 
+    teacher_mode: Literal["eval", "batch"] = "eval"
+    """Batch norms of teachers take their running statistics, or those of the images they see: of each of the
+    ``sub_batches`` of a mini-batch."""
+
     @property
     def title(self) -> str:
         """The name, and which fields differ from the protocol registered under it."""
@@ -51,6 +64,33 @@ class EvaluationProtocol(TrainingRecipe):
 
 _ALL = ("color", "crop", "cutout", "flip", "scale", "rotate")
 _UNCUT = ("color", "crop", "flip", "scale", "rotate")  # with CutMix, the line of IDC leaves cutout out
+
+# What students of the decoupled line have in common: AdamW whose decay leaves biases and norms out, half a cosine, and
+# the logits of teachers on views that were cropped and mixed by CutMix, at temperature 20 without the factor T². Rows
+# name each departure from it. Common departures from the authors' code: the epoch that is scored is the last, where
+# most of them report the best on test; networks are those of this package, which at 32 and 64 pixels are the ResNets
+# with a stem of stride 1; a frame around images has the mean colour instead of black (PadCrop).
+_DECOUPLED = EvaluationProtocol(
+    network=NetworkSpec("resnet18", norm="batch"),
+    epochs=300,
+    optimizer="adamw",
+    lr=1e-3,
+    weight_decay=0.01,
+    decay_only_weights=True,
+    schedule="cosine",
+    augmentation=ResizedCrop(),
+    mix=CutMix(probability=1.0),
+    distillation=Distillation(temperature=20.0),
+)
+_UFC = replace(
+    _DECOUPLED,
+    epochs=400,
+    batch_size=64,
+    decay_only_weights=False,
+    augmentation=PadCrop(),
+    mix=Mixup(alpha=0.8),
+    distillation=Distillation(temperature=30.0),
+)
 
 # The settings of the authors' code, with three departures throughout: exactly E epochs (the scripts of the DC line make
 # one more), momentum kept when the step size drops, and the last epoch scored where some report the best one on test.
@@ -108,6 +148,64 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
         augmentation=always_flip_color_cutout(_UNCUT),
         mix=CutMix(probability=0.5),
     ),
+    # Yin, Xing & Shen, NeurIPS 2023 (SRe2L), and Yin & Shen, TMLR 2024 (CDA), ImageNet-1K: batch 1024 in two halves,
+    # stored labels of a ResNet-18 in evaluation mode whatever the student.
+    "sre2l": replace(_DECOUPLED, name="sre2l", batch_size=1024, sub_batches=2),
+    # Tiny-ImageNet: the reference scripts of torchvision with a teacher at hand, SGD, no mixing, and the factor T²,
+    # without which SGD would train 400 times slower.
+    "sre2l_tiny": replace(
+        _DECOUPLED,
+        name="sre2l_tiny",
+        epochs=100,
+        optimizer="sgd",
+        lr=0.2,
+        weight_decay=1e-4,
+        decay_only_weights=False,
+        warmup=5,
+        mix=None,
+        distillation=Distillation(temperature=20.0, squared=True),
+    ),
+    # CIFAR-100: their script never puts the teacher into evaluation mode, and its figures depend on it.
+    "sre2l_cifar100": replace(
+        _DECOUPLED,
+        name="sre2l_cifar100",
+        epochs=400,
+        batch_size=128,
+        decay_only_weights=False,
+        augmentation=PadCrop(),
+        mix=Mixup(alpha=0.8),
+        distillation=Distillation(temperature=30.0),
+        teacher_mode="batch",
+    ),
+    # Cui et al., arXiv 2501.07575 (CV-DD, and SRe2L++ with one teacher): stored labels of teachers that take the
+    # statistics of half a mini-batch, as the student does. The row is CIFAR-10. Elsewhere, for ResNet-18: CIFAR-100 at
+    # IPC 10 slowdown 2; Tiny-ImageNet slowdown 2 but at IPC 10; ImageNette lr 5e-4, slowdown 2 but at IPC 10;
+    # ImageNet-1K slowdown 2 but at IPC 50. Batch 10 for CIFAR-10 at IPC 1 and for labels of ImageNette. Theirs split a
+    # last, smaller batch differently for teacher and student; here both split it in one way.
+    "cvdd": replace(_DECOUPLED, name="cvdd", batch_size=16, sub_batches=2, teacher_mode="batch"),
+    # Sun et al., CVPR 2024 (RDED), from 128 pixels on: the patches of a mosaic change places, and crops have at least
+    # half of the area. Batch 100 is for 1000 classes at IPC 10; theirs is 10, 50, 100 at IPC 1, 10, 50, twice that for
+    # 100 and 1000 classes, and 100 on Tiny-ImageNet. Other students take another lr (MobileNetV2 2.5e-3, VGG-11 5e-4,
+    # EfficientNet-B0 2e-3). They test on the middle of enlarged images; here images are tested as they are.
+    "rded": replace(
+        _DECOUPLED,
+        name="rded",
+        batch_size=100,
+        slowdown=2.0,
+        augmentation=PatchShuffle(factor=2, then=ResizedCrop(scale=(0.5, 1.0))),
+    ),
+    # RDED up to 64 pixels: an image is a single patch, and is shown whole. Batch 50 is for 10 classes at IPC 10.
+    "rded_small": replace(
+        _DECOUPLED, name="rded_small", batch_size=50, slowdown=2.0, augmentation=ResizedCrop(scale=(1.0, 1.0))
+    ),
+    # Zhang, Du, Liu & Zhou, ICLR 2025 (INFER; its code: UFC), CIFAR: one set of labels for the whole images, mixed as
+    # logits; or labels of each view, in 1/(M + 1) of the epochs, as M = 4 teachers make M + 1 images of a stored one.
+    "ufc_static": replace(_UFC, name="ufc_static"),
+    "ufc_dynamic": replace(_UFC, name="ufc_dynamic", epochs=80),
+    # Xiao, Liu, He & Wang, arXiv 2502.06434 (Rethinking), their two benchmarks: a ResNet-18 is asked about every
+    # mini-batch, or there are hard labels alone, without mixing.
+    "rethinking_soft": replace(_DECOUPLED, name="rethinking_soft", batch_size=128),
+    "rethinking_hard": replace(_DECOUPLED, name="rethinking_hard", batch_size=128, mix=None, distillation=None),
     # AST (Shen et al., arXiv 2310.10541) has no row: the scripts of its code differ in epochs (300 to 1500) and in
     # where the step size halves, lower the momentum there, and report the best epoch on the test split.
 }

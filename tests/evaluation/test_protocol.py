@@ -2,12 +2,41 @@ import json
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
+import torch
 
-from dsdistill.augmentations import CutMix, Siamese
+from dsdistill.augmentations import CutMix, Mixup, MixViews, PadCrop, PatchShuffle, ResizedCrop, Siamese
 from dsdistill.core.config import from_dict, to_dict
 from dsdistill.errors import InvalidSetting, UnknownName
 from dsdistill.evaluation import EvaluationProtocol, get_protocol, list_protocols
 from dsdistill.networks import NetworkSpec
+from dsdistill.training import Distillation
+
+# epochs, batch, sub-batches, optimiser, step size, η, weight decay, on weights only, temperature, with T², teachers
+DECOUPLED = {
+    "sre2l": (300, 1024, 2, "adamw", 1e-3, 1, 0.01, True, 20, False, "eval"),
+    "sre2l_tiny": (100, 256, 1, "sgd", 0.2, 1, 1e-4, False, 20, True, "eval"),
+    "sre2l_cifar100": (400, 128, 1, "adamw", 1e-3, 1, 0.01, False, 30, False, "batch"),
+    "cvdd": (300, 16, 2, "adamw", 1e-3, 1, 0.01, True, 20, False, "batch"),
+    "rded": (300, 100, 1, "adamw", 1e-3, 2, 0.01, True, 20, False, "eval"),
+    "rded_small": (300, 50, 1, "adamw", 1e-3, 2, 0.01, True, 20, False, "eval"),
+    "ufc_static": (400, 64, 1, "adamw", 1e-3, 1, 0.01, False, 30, False, "eval"),
+    "ufc_dynamic": (80, 64, 1, "adamw", 1e-3, 1, 0.01, False, 30, False, "eval"),
+    "rethinking_soft": (300, 128, 1, "adamw", 1e-3, 1, 0.01, True, 20, False, "eval"),
+    "rethinking_hard": (300, 128, 1, "adamw", 1e-3, 1, 0.01, True, None, None, "eval"),
+}
+CUTMIX, MIXUP = CutMix(probability=1.0), Mixup(alpha=0.8)
+VIEWS = {
+    "sre2l": (ResizedCrop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5), CUTMIX),
+    "sre2l_tiny": (ResizedCrop(), None),
+    "sre2l_cifar100": (PadCrop(pad=4, flip=0.5), MIXUP),
+    "cvdd": (ResizedCrop(), CUTMIX),
+    "rded": (PatchShuffle(factor=2, then=ResizedCrop(scale=(0.5, 1.0))), CUTMIX),
+    "rded_small": (ResizedCrop(scale=(1.0, 1.0)), CUTMIX),
+    "ufc_static": (PadCrop(pad=4), MIXUP),
+    "ufc_dynamic": (PadCrop(pad=4), MIXUP),
+    "rethinking_soft": (ResizedCrop(), CUTMIX),
+    "rethinking_hard": (ResizedCrop(), None),
+}
 
 
 @pytest.mark.parametrize(
@@ -66,11 +95,75 @@ def test_the_rows_of_idc_and_ncfm_mix_and_leave_cutout_out():
     assert rates[-1] == pytest.approx(0.001 / 16)
 
 
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_the_rows_of_the_decoupled_line_are_the_published_ones(name):
+    row = get_protocol(name)
+    taught = row.distillation or Distillation(temperature=1.0)
+    assert (
+        row.epochs,
+        row.batch_size,
+        row.sub_batches,
+        row.optimizer,
+        row.lr,
+        row.slowdown,
+        row.weight_decay,
+        row.decay_only_weights,
+        row.distillation and taught.temperature,
+        row.distillation and taught.squared,
+        row.teacher_mode,
+    ) == DECOUPLED[name]
+    assert (row.augmentation, row.mix) == VIEWS[name]
+    assert (row.name, row.title) == (name, name)
+    assert row.network == NetworkSpec("resnet18", norm="batch")
+    assert (row.schedule, row.momentum, taught.hard_share) == ("cosine", 0.9, 0)
+    assert row.selection == "last"
+    assert not row.learned_lr
+    assert (row.warmup, row.warmup_start) == (5 if name == "sre2l_tiny" else 0, 0.01)
+
+
+def test_the_step_size_of_rded_ends_at_half_and_that_of_sre2l_at_nothing():
+    for name, ends in (("rded", 0.5026), ("sre2l", 0.0)):
+        row = get_protocol(name)
+        assert row.learning_rate(0) == 1e-3
+        assert row.learning_rate(299) / 1e-3 == pytest.approx(ends, abs=5e-5)
+    tiny = get_protocol("sre2l_tiny")
+    assert [tiny.learning_rate(epoch) for epoch in (0, 1, 5)] == pytest.approx([0.002, 0.0416, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("share", "place", "box", "area"),
+    [
+        (0.75, (0.5, 0.5), (8, 8, 24, 24), 0.25),
+        (0.75, (0.0, 0.0), (0, 0, 8, 8), 0.0625),
+        (0.5, (0.5, 0.5), (5, 5, 27, 27), 0.47265625),  # a side of 22 pixels
+    ],
+)
+def test_the_boxes_of_the_decoupled_line(monkeypatch, share, place, box, area):
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor([0.0, share, *place], dtype=torch.float64))
+    mix = get_protocol("cvdd").mix
+    views = mix.sample(2, (3, 32, 32), torch.Generator().manual_seed(0))
+    assert views.box == box
+    assert views.share == 1 - area
+    crossed = MixViews(views.shape, 2, torch.tensor([1, 0]), views.share, views.box)
+    assert mix.targets(torch.tensor([2, 0]), crossed, 3).tolist() == [[area, 0, 1 - area], [1 - area, 0, area]]
+
+
+def test_boxes_are_smaller_than_the_drawn_share_says():
+    mix, generator = get_protocol("sre2l").mix, torch.Generator().manual_seed(0)
+    areas = [1 - mix.sample(1, (3, 32, 32), generator).share for _ in range(4000)]
+    assert sum(areas) / 4000 == pytest.approx(0.30, abs=0.02)  # sides rounded down and clipped, where λ alone says 0.5
+
+
+def test_the_title_tells_what_differs():
+    assert replace(get_protocol("cvdd"), lr=5e-4, slowdown=2.0).title == "cvdd (changed: lr, slowdown)"
+
+
 def test_the_list_is_complete_and_any_case_will_do():
-    assert list_protocols() == ["datadam", "datm", "dc", "dm", "dsa", "fyi", "idc", "mtt", "ncfm"]
+    classic = ["datadam", "datm", "dc", "dm", "dsa", "fyi", "idc", "mtt", "ncfm"]
+    assert list_protocols() == sorted([*classic, *DECOUPLED])
     assert get_protocol("DSA") is get_protocol("dsa")
     with pytest.raises(
-        UnknownName, match=r"unknown protocol 'dsaa'; did you mean 'dsa'\? Known: datadam, datm, dc, dm, dsa"
+        UnknownName, match=r"unknown protocol 'dsaa'; did you mean 'dsa'\? Known: cvdd, datadam, datm, dc, dm, dsa"
     ):
         get_protocol("dsaa")
 
@@ -120,7 +213,8 @@ def test_milestones_are_exact_fractions(epochs, percent):
         ("network", "convnet"),
         ("augmentation", "dsa"),
         ("mix", "cutmix"),
-        ("optimizer", "adam"),
+        ("optimizer", "lion"),
+        ("teacher_mode", "train"),
         ("validation_fraction", 1.0),
         ("validation_checks", 0),
         ("name", 3),
