@@ -199,10 +199,10 @@ class Execution:
             raise self._out_of_memory(self.run, error) from error
 
     def _out_of_memory(self, run: Run, error: BaseException) -> OutOfMemory:
-        sizes = {field.name for field in fields(self.method)} & {"ipc", "real_batch", "batch_size"}
+        sizes = {field.name for field in fields(self.method)} & {"ipc", "real_batch", "batch_size", "classes_together"}
         knobs = f"Lower {' or '.join(sorted(sizes))}, take a smaller network" if sizes else "Take a smaller network"
         problem = (str(error).splitlines() or [type(error).__name__])[0]
-        if run.couples_batches:
+        if run.couples_batches or self.method.whole_batches:
             problem += "; with batch normalisation all images of a batch pass together, whatever the chunk"
         return OutOfMemory(self.method.title, run.chunk, problem, f"{knobs}, or run on a device with more memory.")
 
@@ -262,7 +262,7 @@ class Execution:
 
     def _shrunk(self, run: Run, watch: "_Watch", failure: BaseException | None) -> tuple[Run, int]:
         """The run with half the chunk, and the last step known to be good, whose state is restored."""
-        if run.chunk == 1 or run.couples_batches:
+        if run.chunk == 1 or run.couples_batches or self.method.whole_batches:
             raise self._out_of_memory(run, failure or MemoryError()) from failure
         release_memory(run.device)
         done, chunk = watch.rewind(), run.chunk // 2

@@ -138,6 +138,8 @@ class Synthesizer(ABC):
     paper: ClassVar[str]
     network_needs: ClassVar[tuple[Need, ...]] = ()
     presets: ClassVar[Mapping[str, Preset]] = {}
+    whole_batches: ClassVar[bool] = False
+    """Whether the images of a step must pass at once, so that a smaller chunk saves no memory."""
 
     def __post_init__(self) -> None:
         validate(self)

@@ -157,23 +157,9 @@ class FolderShelf(Shelf):
 
     @contextmanager
     def reserved(self, give_way: Callable[[], None]) -> Iterator[None]:
-        storage.ensure_writable(self.folder)
-        lock, told = filelock.FileLock(self.folder / "lock"), False
-        while True:
-            give_way()
-            try:
-                lock.acquire(timeout=_ASK_SECONDS if told else 0)
-                break
-            except filelock.Timeout:
-                if not told:
-                    logger.info("%s: another process trains these experts; waiting for it", self.folder)
-                told = True
-        try:
-            storage.sweep_temporaries(self.folder)
+        with reserved_folder(self.folder, give_way, "these experts"):
             self._describe()
             yield
-        finally:
-            lock.release()
 
     def require_space(self, needed: int) -> None:
         storage.require_space(self.folder, needed)
@@ -186,3 +172,33 @@ class FolderShelf(Shelf):
         except BadArtifact:
             pass  # none yet, or a damaged one; nothing is read from it
         storage.write_json(self.folder / RECIPE, described)
+
+
+@contextmanager
+def reserved_folder(folder: Path, give_way: Callable[[], None], what: str) -> Iterator[None]:
+    """Nobody else trains ``what`` is kept in a folder meanwhile; what killed writers left there is swept away.
+
+    Args:
+        folder: made if needed.
+        give_way: called from time to time while another process works there; raises to end the wait.
+        what: for messages.
+
+    Raises:
+        OutputConflict: the folder cannot be written.
+    """
+    storage.ensure_writable(folder)
+    lock, told = filelock.FileLock(folder / "lock"), False
+    while True:
+        give_way()
+        try:
+            lock.acquire(timeout=_ASK_SECONDS if told else 0)
+            break
+        except filelock.Timeout:
+            if not told:
+                logger.info("%s: another process trains %s; waiting for it", folder, what)
+            told = True
+    try:
+        storage.sweep_temporaries(folder)
+        yield
+    finally:
+        lock.release()

@@ -1,6 +1,7 @@
 """Training a network on the real images of a run; in a rehearsal, a few steps of it."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ def train_on_real(
     *,
     rows: Tensor | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    begin: int = 0,
+    after: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Train ``network`` in place on the real training images of all classes, then leave it `frozen`.
 
@@ -31,6 +34,8 @@ def train_on_real(
         rng: streams of this training alone: ``run.rng.within("pool", 3)``.
         rows: storage indices (R,) of the images to train on; all of them if None.
         optimizer: of the network's parameters, to go on with; None makes a new one.
+        begin: epochs that it has behind it already.
+        after: called after each epoch, with the number of those behind it, before it gives way.
 
     Raises:
         Stopped: the run was asked to stop.
@@ -44,6 +49,10 @@ def train_on_real(
 
     data = TrainingSet(fetch, len(chosen), source.shape, run.device)
 
+    def watch(epoch: int, _: nn.Module) -> None:
+        after(epoch)
+        run.shared.give_way()
+
     def go(limit: int | None) -> None:
         train(
             network.requires_grad_(True),
@@ -53,20 +62,21 @@ def train_on_real(
             num_classes=source.num_classes,
             mirror_safe=source.mirror_safe,
             chunk=run.chunk,
-            watch=lambda epoch, _: run.shared.give_way(),
+            watch=watch,
             optimizer=optimizer,
             limit=limit,
+            begin=begin,
         )
 
-    steps = recipe.epochs * -(-len(chosen) // recipe.batch_size)
+    steps = (recipe.epochs - begin) * -(-len(chosen) // recipe.batch_size)
     rehearsal = run.shared.rehearsal
     if rehearsal is None or steps <= 1 + _REHEARSED:
         go(None)
     else:
         go(1)
         synchronize(run.device)
-        begin = time.perf_counter()
+        started = time.perf_counter()
         go(_REHEARSED)
         synchronize(run.device)
-        rehearsal.seconds += (time.perf_counter() - begin) / _REHEARSED * (steps - 1 - _REHEARSED)
+        rehearsal.seconds += (time.perf_counter() - started) / _REHEARSED * (steps - 1 - _REHEARSED)
     frozen(network)

@@ -29,6 +29,7 @@ class MeasuredNetwork:
     Attributes:
         module: the network as it is run.
         layers: names of the batch norms that have running statistics, in the order in which modules are registered.
+        channels: of those among them that were run in the latest call.
 
     Args:
         network: with batch normalisation that keeps running statistics.
@@ -52,6 +53,7 @@ class MeasuredNetwork:
                 "network", name, "it needs batch normalisation with running statistics: choose norm='batch'"
             )
         self.layers = tuple(place for place, _ in found)
+        self.channels: tuple[int, ...] = ()
         self._norms = []
         for number, (place, part) in enumerate(found):
             measured = _MeasuredNorm(part, number, self._tape)
@@ -81,6 +83,7 @@ class MeasuredNetwork:
         self._tape.clear()
         logits: Tensor = self.module(images)
         distances = torch.stack([self._tape[number] for number in sorted(self._tape)], 1)
+        self.channels = tuple(self._norms[number].channels for number in sorted(self._tape))
         self._tape.clear()
         return logits, distances
 
@@ -92,7 +95,7 @@ class _MeasuredNorm(nn.Module):
         super().__init__()
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        self.number, self.tape, self.groups = number, tape, 1
+        self.number, self.tape, self.groups, self.channels = number, tape, 1, layer.num_features
         self.register_buffer("mean", layer.running_mean)
         self.register_buffer("variance", layer.running_var)
         scale = torch.rsqrt(layer.running_var + layer.eps)
@@ -131,13 +134,12 @@ class _Measure(torch.autograd.Function):
         # ∂r/∂u = slope * u + offset in each channel of each group.
         slope = of_variance * _share(2 * of_distance / averaged, variance_norm)
         offset = of_mean * _share(of_distance / averaged, mean_norm) - slope * found_mean
-        gradient = of_result * _spread(scale, of_result)
-        if ctx.groups == 1:
-            gradient.addcmul_(maps, _spread(slope[0], maps)).add_(_spread(offset[0], maps))
-        else:
-            parts = zip(gradient.chunk(ctx.groups), maps.chunk(ctx.groups), slope, offset, strict=True)
-            for part, group, factor, more in parts:
-                part.addcmul_(group, _spread(factor, maps)).add_(_spread(more, maps))
+        gradient = torch.empty_like(maps)
+        parts = [tensor.chunk(ctx.groups) for tensor in (gradient, maps, of_result)]
+        for part, group, above, factor, more in zip(*parts, slope, offset, strict=True):
+            # Two passes over the maps in all.
+            torch.addcmul(_spread(more, maps), group, _spread(factor, maps), out=part)
+            part.addcmul_(above, _spread(scale, maps))
         return gradient, None, None, None, None, None
 
 

@@ -104,6 +104,10 @@ class NetworkSpec:
                     f"the network {self.name!r} has no such setting; only {', '.join(owners)} have it",
                 )
 
+    def has(self, option: str) -> bool:
+        """Whether the network is one of this package that takes this setting."""
+        return self.name in BUILTIN and option in BUILTIN[self.name].options
+
     def _options(self) -> dict[str, Any]:
         names = ("width", "depth", "norm", "activation", "pooling")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}

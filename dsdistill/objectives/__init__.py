@@ -10,6 +10,7 @@ from dsdistill.objectives.gradient import (
     layerwise_cosine,
     squared_error,
 )
+from dsdistill.objectives.smoothness import total_variation
 
 __all__ = [
     "GradientDistance",
@@ -23,4 +24,5 @@ __all__ = [
     "mean_distance",
     "spatial_attention",
     "squared_error",
+    "total_variation",
 ]

@@ -1,0 +1,219 @@
+"""Training a teacher on the real images of a run, resumably, and finding one that is there ("squeeze", SRe2L)."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dsdistill.core import storage
+from dsdistill.core.config import settings_digest, to_dict
+from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
+from dsdistill.engine import Run
+from dsdistill.errors import BadArtifact, InvalidSetting
+from dsdistill.experts.shelf import reserved_folder
+from dsdistill.experts.teacher import MANIFEST, Teacher, recognised
+from dsdistill.experts.training import train_on_real
+from dsdistill.networks import NetworkSpec, has_batchnorm
+from dsdistill.recipe import library_versions
+from dsdistill.training import TrainingRecipe, make_optimizer
+
+logger = logging.getLogger("dsdistill")
+STORED_AS = 1
+"""Counts the ways in which teachers were trained by versions of this package; part of their digest."""
+_PROGRESS, _PROGRESS_MANIFEST = "progress", "progress.json"
+_KEEP_SECONDS = 60.0  # between two writes of a teacher that is being trained
+
+
+def schooled(
+    run: Run, spec: NetworkSpec, training: TrainingRecipe, seed: int = 0, folder: Path | None = None
+) -> Teacher:
+    """A teacher for the images of a run: found, or trained now; an interrupted training goes on.
+
+    Args:
+        run: of the whole or of any job.
+        spec: what it is.
+        training: how it is trained.
+        seed: of its training, whatever that of the run is.
+        folder: where it is kept; None for a place in the run's store, or memory where the run has none.
+
+    Raises:
+        InvalidSetting: the network has no batch normalisation, or stopped being finite while it was trained.
+        BadData: the folder holds a teacher of something else. BadArtifact: a damaged one.
+        Stopped: the run was asked to stop; epochs that are behind it are kept.
+        OutOfSpace: the disk is full.
+    """
+    identity = _identity(run, spec, training, seed)
+    digest = settings_digest(identity)
+    if folder is None and run.store is not None:
+        folder = run.store / "teachers" / digest
+    if folder is None or run.shared.rehearsal is not None:
+        found = None if folder is None else _found(run, folder, digest)
+        return found or _trained(run, spec, training, seed, identity, None)
+    found = _found(run, folder, digest)
+    if found is None:
+        with reserved_folder(folder, run.shared.give_way, "this teacher"):
+            found = _found(run, folder, digest)  # asked again: who held the lock may have made it
+            if found is None:
+                found = _trained(run, spec, training, seed, identity, folder)
+                found.save(folder)
+                _forget(folder / _PROGRESS)
+    return found
+
+
+def teacher_name(spec: NetworkSpec) -> str:
+    """What a teacher is called: its network, and what of it is not as usual."""
+    options = {f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "name"}
+    told = [f"{name}{value}" for name, value in options.items() if value not in (None, "batch", "small")]
+    return "-".join([spec.name.replace(":", "-").replace(".", "-"), *told])
+
+
+def teacher_spec(name: str, shape: tuple[int, int, int]) -> NetworkSpec:
+    """The network of that name as a teacher: with batch normalisation, and a stem for the size of the images."""
+    if name.startswith("torchvision:") and max(shape[1:]) <= 64:
+        return NetworkSpec(name, stem="small")
+    plain = NetworkSpec(name)
+    return NetworkSpec(name, norm="batch") if ":" not in name and plain.has("norm") else plain
+
+
+def _identity(run: Run, spec: NetworkSpec, training: TrainingRecipe, seed: int) -> dict[str, Any]:
+    source = run.source
+    return {
+        "version": STORED_AS,
+        "network": to_dict(spec),
+        "training": to_dict(training),
+        "seed": seed,
+        "images": {
+            "fingerprint": source.fingerprint,
+            "normalization": source.normalization.identity(),
+            "mirror_safe": source.mirror_safe,
+        },
+    }
+
+
+def _found(run: Run, folder: Path, digest: str) -> Teacher | None:
+    if not (folder / MANIFEST).exists():
+        return None
+    teacher = Teacher.load(folder, run.device)
+    if teacher.history.get("digest") != digest:
+        raise BadArtifact(
+            folder, f"holds the teacher {teacher.name!r} of other images or another training; choose another folder"
+        )
+    return teacher
+
+
+def _trained(
+    run: Run,
+    spec: NetworkSpec,
+    training: TrainingRecipe,
+    seed: int,
+    identity: Mapping[str, Any],
+    folder: Path | None,
+) -> Teacher:
+    source, rng = run.source, Rng(seed, device=run.device).within("teacher")
+    network = spec.build(source.shape, source.num_classes, generator=rng.at("network"), device=run.device)
+    if not has_batchnorm(network):
+        raise InvalidSetting("networks", spec.name, "a teacher needs batch normalisation: choose norm='batch'")
+    optimizer = make_optimizer(dict(network.named_parameters()), training, run.device)
+    progress = _Progress(folder / _PROGRESS if folder else None, network, optimizer)
+    begin = progress.read()
+    if run.shared.rehearsal is None:
+        left = training.epochs - begin
+        logger.info("training the teacher %s, %d of %d epochs", teacher_name(spec), left, training.epochs)
+    if begin < training.epochs:
+
+        def after(epoch: int) -> None:
+            progress.add(epoch)
+            seed_global(rng.integer("global", epoch), run.device)
+
+        with isolated_global_rng(run.device):  # dropout of library networks draws from the global generators
+            seed_global(rng.integer("global", begin), run.device)
+            try:
+                train_on_real(run, network, training, rng, optimizer=optimizer, begin=begin, after=after)
+            except BaseException:
+                progress.write()
+                raise
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
+        raise InvalidSetting("training.lr", training.lr, f"the teacher {teacher_name(spec)} diverged: lower it")
+    if run.shared.rehearsal is not None:
+        run.shared.rehearsal.stored += sum(tensor.nbytes for tensor in network.state_dict().values())
+    network.eval()
+    return Teacher(
+        name=teacher_name(spec),
+        spec=spec,
+        network=network,
+        classes=source.classes,
+        shape=source.shape,
+        normalization=source.normalization,
+        accuracy=recognised(network, source),
+        history={
+            "digest": settings_digest(dict(identity)),
+            "source": source.name,
+            **identity,
+            "versions": library_versions(),
+        },
+    )
+
+
+class _Progress:
+    """A training that may be interrupted: parameters, buffers and moments after the last epoch that was kept."""
+
+    def __init__(self, folder: Path | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.folder, self.network, self.optimizer = folder, network, optimizer
+        self._epoch, self._kept, self._written = 0, 0, time.monotonic()
+
+    def read(self) -> int:
+        """Epochs that are behind it; 0 where nothing whole is kept."""
+        if self.folder is None or not (self.folder / _PROGRESS_MANIFEST).exists():
+            return 0
+        try:
+            manifest = storage.read_manifest(self.folder / _PROGRESS_MANIFEST)
+            tensors = storage.read_listed_tensors(self.folder, manifest, manifest["file"])
+            tree = storage.unflatten(tensors, manifest["skeleton"])
+            self.network.load_state_dict(tree["network"])
+            self.optimizer.load_state_dict(tree["optimizer"])
+            self._lay_out_moments()
+        except BadArtifact as error:
+            logger.warning("this training begins anew: %s", error)
+            return 0
+        self._epoch = self._kept = int(manifest["epoch"])
+        return self._epoch
+
+    def _lay_out_moments(self) -> None:
+        """In memory as the parameters are: fused steps of others are slower, and not the same to the last bit."""
+        for parameter, moments in self.optimizer.state.items():
+            for name, tensor in moments.items():
+                if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(tensor)
+
+    def add(self, epoch: int) -> None:
+        """The epochs behind it; what is to be kept is written from time to time."""
+        self._epoch = epoch
+        if time.monotonic() - self._written > _KEEP_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        """Keep what was reached."""
+        if self.folder is None or self._epoch == self._kept:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tree = {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
+        tensors, skeleton = storage.flatten(tree)
+        name = f"epoch-{self._epoch:05d}.safetensors"
+        told = {"epoch": self._epoch, "file": name, "skeleton": skeleton}
+        storage.write_folder(self.folder, {name: storage.encode_tensors(tensors)}, _PROGRESS_MANIFEST, told)
+        for older in self.folder.glob("epoch-*.safetensors"):
+            if older.name != name:
+                older.unlink()
+        self._kept, self._written = self._epoch, time.monotonic()
+
+
+def _forget(progress: Path) -> None:
+    if progress.exists():
+        for file in progress.iterdir():
+            file.unlink()
+        progress.rmdir()
