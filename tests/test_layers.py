@@ -20,6 +20,7 @@ LAYERS = [
     {"experts"},
     {"matching"},
     {"selection"},
+    {"relabel"},
     {"methods", "evaluation"},
     {"testing", "studies"},
     {"cli", "__main__"},

@@ -107,6 +107,9 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the protocol's.")
     parser.add_argument(
+        "--batch_size", type=int | None, default=None, help="Images of a mini-batch instead of the protocol's."
+    )
+    parser.add_argument(
         "--network",
         type=NetworkSpec | None,
         default=None,
@@ -132,6 +135,15 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--baselines", type=str, nargs="*", default=["random"], help="Rows beside the set: random, whole, or none."
     )
+    parser.add_argument(
+        "--labels", type=Path | None, default=None, help="Folder of teachers' labels of the set (dsdistill relabel)."
+    )
+    parser.add_argument(
+        "--teachers",
+        type=Path | None,
+        default=None,
+        help="Folder of teachers; of protocols that learn from some, asked where there are no --labels.",
+    )
     parser.add_argument("--whole_epochs", type=int | None, default=None, help="Epochs of the whole-training-set row.")
     run_arguments(parser)
     parser.add_argument("--out", type=Path | None, default=None, help="JSON file for the result.")
@@ -143,6 +155,7 @@ def _evaluate(config: Namespace) -> Any:
 
     networks, options = _evaluation(config)
     synthetic = dd.SyntheticDataset.load(config.path)
+    options |= _teaching(config)
     if config.out:
         _require_target(config.out, config.overwrite)
     if networks is not None:
@@ -168,7 +181,7 @@ def _evaluation(config: Namespace) -> "tuple[list[NetworkSpec] | None, dict[str,
     from dsdistill.evaluation.score import BASELINES
     from dsdistill.networks import NetworkSpec
 
-    chosen = {name: getattr(config, name) for name in ("network", "epochs", "selection")}
+    chosen = {name: getattr(config, name) for name in ("network", "epochs", "batch_size", "selection")}
     protocol = replace(
         get_protocol(config.protocol), **{name: value for name, value in chosen.items() if value is not None}
     )
@@ -189,6 +202,19 @@ def _evaluation(config: Namespace) -> "tuple[list[NetworkSpec] | None, dict[str,
     }
     options = {"protocol": protocol, "baselines": baselines, "seed": config.seed, "device": config.device, **counts}
     return networks, options
+
+
+def _teaching(config: Namespace) -> dict[str, Any]:
+    """Labels and teachers, for `evaluate`."""
+    from dsdistill.core.device import resolve_device
+    from dsdistill.experts import Committee
+    from dsdistill.relabel import LabelSet
+
+    labels = None if config.labels is None else LabelSet.load(config.labels)
+    teachers = None
+    if config.teachers is not None:
+        teachers = Committee.load(config.teachers, device=resolve_device(config.device))
+    return {"labels": labels, "teachers": teachers}
 
 
 def _require_target(path: Path, overwrite: bool) -> None:
@@ -234,7 +260,8 @@ VERBS = {
     "evaluate": Verb(
         "Score a synthetic set by training fresh networks on it.",
         "  dsdistill evaluate runs/dm --data digits --protocol dsa --epochs 300 --repeats 5\n"
-        "  dsdistill evaluate runs/dm --data digits --baselines random whole --out score.json",
+        "  dsdistill evaluate runs/dm --data digits --baselines random whole --out score.json\n"
+        "  dsdistill evaluate runs/sre2l --data cifar10 --protocol cvdd --labels labels --teachers teachers/cifar10",
         _evaluate_arguments,
         _evaluate,
     ),

@@ -10,11 +10,20 @@ from torch import Tensor
 
 from dsdistill.core import storage
 from dsdistill.core.config import to_dict
+from dsdistill.core.units import shown_size
 from dsdistill.errors import OutputConflict
 from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.evaluation.statistics import Score, paired_difference
 
-TITLES = {"synthetic": "synthetic set", "random": "random real images", "whole": "whole training set"}
+HARD = ", hard"
+"""Ends the name of a row that is trained on classes where the protocol has teachers."""
+TITLES = {
+    "synthetic": "synthetic set",
+    "synthetic, hard": "synthetic set, hard labels",
+    "random": "random real images",
+    "random, hard": "random real images, hard labels",
+    "whole": "whole training set",
+}
 _MOST_CLASSES = 200  # a larger confusion table would swell the file
 
 
@@ -22,10 +31,11 @@ _MOST_CLASSES = 200  # a larger confusion table would swell the file
 class EvaluationResult:
     """Test accuracies of a set and of its baselines under one protocol and the same seeds.
 
-    ``scores`` maps a row ("synthetic", "random", "whole") to its accuracies; ``gain`` is the paired difference
-    synthetic - random. ``confusion`` maps a row to a (K, K) int64 table, summed over repeats: how many test images of
-    each class (row) were taken for which (column). ``lr`` is the step size that a row's networks started with.
-    ``seconds`` are spent per row, ``peak_memory`` in bytes over everything.
+    ``scores`` maps a row ("synthetic", "random", "whole"; where the protocol has teachers, also "synthetic, hard" and
+    "random, hard", which learn from classes) to its accuracies; ``gain`` is the paired difference synthetic - random,
+    ``hard_gain`` that of the hard rows. ``confusion`` maps a row to a (K, K) int64 table, summed over repeats: how many
+    test images of each class (row) were taken for which (column). ``lr`` is the step size that a row's networks started
+    with. ``seconds`` are spent per row, ``peak_memory`` in bytes over everything.
     """
 
     protocol: EvaluationProtocol
@@ -48,8 +58,17 @@ class EvaluationResult:
     @property
     def gain(self) -> Score | None:
         """Paired difference to random real images; None when they were not scored."""
-        random = self.scores.get("random")
-        return paired_difference(self.accuracy.values, random.values) if random else None
+        return self._difference("synthetic", "random")
+
+    @property
+    def hard_gain(self) -> Score | None:
+        """The same where both learn from classes; None where the protocol has no teachers."""
+        return self._difference(f"synthetic{HARD}", f"random{HARD}")
+
+    def _difference(self, row: str, other: str) -> Score | None:
+        if row not in self.scores or other not in self.scores:
+            return None
+        return paired_difference(self.scores[row].values, self.scores[other].values)
 
     def per_class(self, row: str = "synthetic") -> dict[str, float]:
         """Share of each class's test images that were classified rightly, over all repeats; NaN for an absent class."""
@@ -74,6 +93,7 @@ class EvaluationResult:
             "seed": self.seed,
             "scores": {row: score.to_json() for row, score in self.scores.items()},
             "gain_over_random": self.gain.to_json() if self.gain else None,
+            "hard_gain_over_random": self.hard_gain.to_json() if self.hard_gain else None,
             "images": dict(self.images),
             "epochs": dict(self.epochs),
             "lr": dict(self.lr),
@@ -109,9 +129,12 @@ class EvaluationResult:
         for row, score in self.scores.items():
             rows.append((TITLES[row], *(str(of[row]) for of in settings.values()), *cells(score), str(score.n)))
         lines = table(rows)
-        if self.gain:
-            spread = "" if self.gain.n == 1 else f" ± {100 * self.gain.half_width:.2f}"
-            lines.append(f"synthetic - random, paired by seed: {100 * self.gain.mean:+.2f}{spread} points")
+        for gain, labels in ((self.gain, ""), (self.hard_gain, " with hard labels")):
+            if gain:
+                spread = "" if gain.n == 1 else f" ± {100 * gain.half_width:.2f}"
+                lines.append(f"synthetic - random{labels}, paired by seed: {100 * gain.mean:+.2f}{spread} points")
+        if self.context.get("teaching"):
+            lines.append(taught(self.context["teaching"], self.context["synthetic"]["bytes"]))
         chosen = "last epoch" if self.protocol.selection == "last" else "best epoch on held-out training images"
         lines.append(
             f"protocol {self.protocol.title}, {self.protocol.network.name}, fresh network and {chosen} each time"
@@ -123,6 +146,16 @@ _SELECTION = {
     "last": "last epoch; test split scored once per network",
     "validation": "best epoch on real training images held out; test split scored once per network",
 }
+
+
+def taught(teaching: Mapping[str, Any], nbytes: Mapping[str, int]) -> str:
+    """One line on the teachers, and on what their stored labels cost beside the images."""
+    names = ", ".join(f"{one['name']} ({100 * one['accuracy']:.1f} %)" for one in teaching["teachers"])
+    labels = teaching["labels"]
+    if labels is None:
+        return f"taught by {names}, asked while networks are trained"
+    size = f"{shown_size(labels['bytes'])}, {labels['bytes'] / max(1, nbytes['images']):.1f} x the images"
+    return f"{labels['kind']} labels by {names}: {size}"
 
 
 def cells(score: Score) -> tuple[str, str]:

@@ -18,11 +18,14 @@ from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting, UnknownName
 from dsdistill.evaluation.examine import accuracy
 from dsdistill.evaluation.protocol import EvaluationProtocol, get_protocol
-from dsdistill.evaluation.result import EvaluationResult
+from dsdistill.evaluation.result import HARD, EvaluationResult
 from dsdistill.evaluation.scorer import Scorer
 from dsdistill.evaluation.statistics import Score
 from dsdistill.evaluation.step_size import step_sizes
+from dsdistill.evaluation.teaching import checked_teaching
+from dsdistill.experts import Committee
 from dsdistill.recipe import library_versions
+from dsdistill.relabel import LabelSet
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")
@@ -39,6 +42,8 @@ def evaluate(
     baselines: Iterable[str] = ("random",),
     whole_epochs: int | None = None,
     together: int = 1,
+    labels: LabelSet | None = None,
+    teachers: Committee | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -53,6 +58,10 @@ def evaluate(
     order and views, so rows are paired. The random row draws new real images in each repeat, as many of each class
     as the set stores, or all there are.
 
+    Under a protocol with distillation the set is learned from ``labels``, or from ``teachers`` who are asked while
+    networks are trained; real images always from ``teachers``. Beside the set and the random images then stands the
+    same training on their classes, so that what teachers add is seen.
+
     Args:
         synthetic: the set to score.
         source: the real data it was made from; its test split is opened here and nowhere else.
@@ -63,14 +72,18 @@ def evaluate(
         whole_epochs: epochs of the whole row, None for the protocol's; shown in the table.
         together: networks trained as one stacked computation. More may be faster where one leaves the device idle
             (small networks, few images); changes results only by rounding, and needs more memory.
+        labels: the teachers' labels of the set, made for this protocol; of protocols with distillation.
+        teachers: who is asked; of protocols with distillation. With labels beside them, those who gave these.
         seed: the run's seed.
         device: as for `synthesize`.
         progress: show a bar where standard error is a terminal.
 
     Raises:
         BadData: the set and the source differ in classes or shape, the source has no test split, or the step size that
-            the set carries and the protocol asks for is no positive, finite number.
-        InvalidSetting, UnknownName, DeviceUnavailable: before any work starts.
+            the set carries and the protocol asks for is no positive, finite number; or labels or teachers are of
+            something else.
+        InvalidSetting, UnknownName, DeviceUnavailable: before any work starts; also if a protocol with distillation
+            lacks labels and teachers, or one without it has them, or the labels were made for another training.
         Diverged: training produced NaN or infinity.
         OutOfMemory: even with one image at a time, or with ``together`` networks.
         DistillError: a network factory handed out a network that is not fresh.
@@ -87,10 +100,18 @@ def evaluate(
     _check(synthetic, source, baselines, protocol)
     if together > 1 and protocol.selection != "last":
         raise InvalidSetting("together", together, "networks selected on validation images are trained one by one")
-    rows = ("synthetic", *baselines)
+    protocol, teaching = checked_teaching(protocol, synthetic, source, labels, teachers, baselines)
+    if together > 1 and teaching is not None:
+        raise InvalidSetting("together", together, "networks that learn from teachers are trained one by one")
+    rows = _rows(baselines, taught=teaching is not None)
     rates = step_sizes(protocol, synthetic, rows)
+    if f"synthetic{HARD}" in rates:
+        rates[f"synthetic{HARD}"] = rates["synthetic"]
     settle_allocator(resolved)
-    scorer = Scorer(protocol, synthetic, source.normalized_by(synthetic.normalization).to(resolved), seed, resolved)
+    real = source.normalized_by(synthetic.normalization).to(resolved)
+    if teaching is not None:
+        teaching.begin(real)
+    scorer = Scorer(protocol, synthetic, real, seed, resolved, teaching)
     passes = {row: (whole_epochs or protocol.epochs) if row == "whole" else protocol.epochs for row in rows}
     accuracies: dict[str, list[float]] = {row: [] for row in rows}
     tables: dict[str, Tensor] = {}
@@ -125,6 +146,14 @@ def evaluate(
         seed=seed,
         context=_context(synthetic, source, scorer, together),
     )
+
+
+def _rows(baselines: tuple[str, ...], *, taught: bool) -> tuple[str, ...]:
+    """Rows of the table; where there are teachers, the set and the random images have one on their classes too."""
+    rows = ("synthetic", *baselines)
+    if not taught:
+        return rows
+    return tuple(name for row in rows for name in ((row,) if row == "whole" else (row, f"{row}{HARD}")))
 
 
 def _check(
@@ -184,5 +213,6 @@ def _context(synthetic: SyntheticDataset, source: ImageSource, scorer: Scorer, t
             "chunk": scorer.chunk,
             "together": together,
         },
+        "teaching": None if scorer.teaching is None else scorer.teaching.to_json(),
         "versions": library_versions(),
     }

@@ -15,6 +15,8 @@ from dsdistill.data import ImageSource, overlap
 from dsdistill.errors import DistillError, Diverged, OutOfMemory
 from dsdistill.evaluation.examine import accuracy, confusion, fresh_network
 from dsdistill.evaluation.protocol import EvaluationProtocol
+from dsdistill.evaluation.result import HARD
+from dsdistill.evaluation.teaching import Teaching
 from dsdistill.networks import has_batchnorm
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import TrainingSet, train, train_together
@@ -27,7 +29,8 @@ class Scorer:
     """Trains and tests networks under one protocol.
 
     ``real`` is on ``device``, standardised as the synthetic set is. ``chunk`` images pass a network at a time; it is
-    halved when memory runs out. ``sizes`` are the training images of each row trained so far.
+    halved when memory runs out. ``sizes`` are the training images of each row trained so far. ``teaching`` is there
+    where the protocol has distillation.
     """
 
     protocol: EvaluationProtocol
@@ -35,6 +38,7 @@ class Scorer:
     real: ImageSource
     seed: int
     device: torch.device
+    teaching: Teaching | None = None
     chunk: int = field(init=False)
     sizes: dict[str, int] = field(init=False, default_factory=dict)
 
@@ -61,11 +65,14 @@ class Scorer:
     def confusions(self, row: str, repeats: Sequence[int], epochs: int, lr: float) -> Iterator[Tensor]:
         """The (K, K) confusion table of a fresh network for each repeat, trained together where there are several.
 
-        Each is trained for ``epochs`` from the step size ``lr`` on, whatever the protocol has.
+        Each is trained for ``epochs`` from the step size ``lr`` on, whatever the protocol has; those of a hard row on
+        classes, in the same way otherwise.
         """
         protocol = replace(self.protocol, epochs=epochs, lr=lr)
+        if row.endswith(HARD):
+            protocol = replace(protocol, distillation=None)
         rngs = [Rng(self.seed, job=f"repeat/{repeat}", device=self.device) for repeat in repeats]
-        data = [self._training_set(row, rng) for rng in rngs]
+        data = [self._training_set(row, protocol, rng) for rng in rngs]
         self.sizes[row] = data[0].size
         networks = self._trained(protocol, data, rngs)
         for repeat, network in zip(repeats, networks, strict=True):
@@ -73,13 +80,22 @@ class Scorer:
                 raise Diverged(f"training of {protocol.network.name}", f"repeat {repeat}", epochs, "a parameter")
             yield confusion(network, self.test, chunk=self.chunk)
 
-    def _training_set(self, row: str, rng: Rng) -> TrainingSet:
+    def _training_set(self, row: str, protocol: EvaluationProtocol, rng: Rng) -> TrainingSet:
+        data = self._images(row, rng)
+        if protocol.distillation is None or self.teaching is None:
+            return data
+        return self.teaching.given(row, data, protocol, rng, mirror_safe=self.real.mirror_safe)
+
+    def _images(self, row: str, rng: Rng) -> TrainingSet:
         real = self.real
         if row == "whole":
             return TrainingSet(lambda rows: (real.gather(rows), real.targets[rows]), len(real), real.shape, self.device)
         if row == "synthetic":
             images, targets = (tensor.to(self.device) for tensor in self.synthetic.tensors())
             return TrainingSet.of(images, targets)
+        if row == f"synthetic{HARD}":
+            images = self.synthetic.tensors()[0].to(self.device)
+            return TrainingSet.of(images, torch.tensor(self.synthetic.targets, device=self.device))
         classes, most = range(real.num_classes), self.synthetic.ipc
         drawn = real.per_class_indices(classes, most, rng.at("random real"))
         blocks = torch.split(drawn, real.sizes_per_class(classes, most))
@@ -112,6 +128,8 @@ class Scorer:
         if len(networks) > 1:
             train_together(networks, data, protocol, rngs, num_classes=classes, mirror_safe=mirror_safe)
             return networks
+        taught = protocol.distillation is not None and data[0].lessons is None
+        teacher = self.teaching.teacher(protocol) if self.teaching is not None and taught else None
         best = _Best(protocol, self.held, self.chunk) if self.held is not None else None
         train(
             networks[0],
@@ -122,6 +140,7 @@ class Scorer:
             mirror_safe=mirror_safe,
             chunk=self.chunk,
             watch=best,
+            teacher=teacher,
         )
         if best is not None:
             networks[0].load_state_dict(best.state)

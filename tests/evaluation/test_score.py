@@ -325,9 +325,9 @@ def test_the_json_has_every_field(synthetic, source):
     result = run(synthetic, source, baselines=("random", "whole"), whole_epochs=1, seed=6)
     content = json.loads(json.dumps(result.to_json(), allow_nan=False))
     assert set(content) == {
-        "format", "schema_version", "protocol", "selection", "seed", "scores", "gain_over_random", "images", "epochs",
-        "lr", "classes", "per_class", "confusion", "seconds", "peak_memory_bytes", "synthetic", "source", "device",
-        "versions",
+        "format", "schema_version", "protocol", "selection", "seed", "scores", "gain_over_random",
+        "hard_gain_over_random", "images", "epochs", "lr", "classes", "per_class", "confusion", "seconds",
+        "peak_memory_bytes", "synthetic", "source", "device", "teaching", "versions",
     }  # fmt: skip
     assert (content["format"], content["schema_version"], content["seed"]) == ("dsdistill.evaluation", 1, 6)
     assert content["protocol"]["type"] == "EvaluationProtocol"

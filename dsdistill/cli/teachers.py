@@ -1,0 +1,96 @@
+"""The verb on teachers: train a committee, or take over weights that are there already."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from dsdistill.cli.options import Verb, data_arguments, load_source, run_arguments, say, split
+from dsdistill.errors import InvalidSetting
+
+
+def _teachers_arguments(parser: ArgumentParser) -> None:
+    from dsdistill.experts import RECIPES
+
+    data_arguments(parser)
+    parser.add_argument(
+        "--networks",
+        type=str,
+        nargs="+",
+        default=["resnet18"],
+        help="Networks by name, with batch normalisation: resnet18, convnet, torchvision:resnet50, ... Models of "
+        "torchvision get a stem for small images up to 64 pixels.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="Folder of the committee, one below for each teacher.")
+    parser.add_argument(
+        "--recipe", type=str, default="sre2l_cifar", help=f"How they are trained: {', '.join(RECIPES)}."
+    )
+    parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the recipe's.")
+    parser.add_argument("--batch_size", type=int | None, default=None, help="Images per step instead of the recipe's.")
+    parser.add_argument("--lr", type=float | None, default=None, help="Step size instead of the recipe's.")
+    parser.add_argument(
+        "--weights",
+        type=str | None,
+        default=None,
+        help="Take a single network's weights instead of training it: a safetensors file, or 'library' for those that "
+        "torchvision or timm publish.",
+    )
+    parser.add_argument("--width", type=int | None, default=None, help="Of convnet and mlp.")
+    run_arguments(parser)
+    parser.add_argument(
+        "--chunk", type=int | None, default=None, help="Images per forward pass; lower it when memory runs out."
+    )
+
+
+def _teachers(config: Namespace) -> Any:
+    from dsdistill.evaluation.teachers import score_teachers
+    from dsdistill.experts import Committee, get_recipe, import_teacher, teacher_spec, train_teachers
+
+    changes = {name: config[name] for name in ("epochs", "batch_size", "lr") if config[name] is not None}
+    recipe = replace(get_recipe(config.recipe), **changes)
+    names = split(config.networks)
+    if config.weights is not None and len(names) != 1:
+        raise InvalidSetting("--weights", config.weights, f"they are those of one network, not of {', '.join(names)}")
+    source = load_source(config)
+    specs = [teacher_spec(name, source.shape) for name in names]
+    specs = [replace(spec, width=config.width) if config.width and spec.has("width") else spec for spec in specs]
+    if config.weights is not None:
+        # Published weights are those of the library's own stem.
+        spec = replace(specs[0], stem=None) if config.weights == "library" else specs[0]
+        teacher = import_teacher(spec, config.weights, source, device=config.device)
+        teacher.save(config.out / teacher.name)
+        committee = Committee([teacher])
+    else:
+        committee = train_teachers(
+            source, specs, config.out, recipe, seed=config.seed, device=config.device, chunk=config.chunk
+        )
+    scores = score_teachers(committee, source) if source.has_test else {}
+    lines = [f"{len(committee)} teachers in {config.out} ({committee.nbytes / 2**20:.1f} MiB)"]
+    for teacher in committee:
+        test = f", {100 * scores[teacher.name]:.1f} % of test images" if scores else ""
+        lines.append(f"  {teacher.name}: {100 * teacher.accuracy:.1f} % of training images{test}")
+    say(config, "\n".join(lines))
+    return {
+        "folder": str(config.out),
+        "bytes": committee.nbytes,
+        "teachers": [
+            {"name": one.name, "digest": one.digest, "train": one.accuracy, "test": scores.get(one.name)}
+            for one in committee
+        ],
+    }
+
+
+VERBS = {
+    "teachers": Verb(
+        "Train the networks that SRe2L, CDA, CV-DD, INFER, NRR-DD and RDED ask, or take over weights.",
+        "  dsdistill teachers --data cifar10 --networks resnet18 torchvision:mobilenet_v2 --recipe cvdd_cifar "
+        "--out teachers\n"
+        "  dsdistill teachers --data digits --networks convnet --width 32 --epochs 20 --batch_size 64 --out teachers\n"
+        "  dsdistill teachers --data imagenet --networks torchvision:resnet18 --weights library --out teachers\n"
+        "  dsdistill teachers --data my/images --load.image_size 64 --networks resnet18 --weights mine.safetensors "
+        "--out teachers",
+        _teachers_arguments,
+        _teachers,
+    ),
+}
