@@ -11,23 +11,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsdistill import augmentations, data, errors, evaluation, experts, methods, networks, studies, testing
+    from dsdistill import (
+        augmentations,
+        data,
+        errors,
+        evaluation,
+        experts,
+        methods,
+        networks,
+        relabelling,
+        studies,
+        testing,
+    )
     from dsdistill.engine import Estimate, Synthesizer, estimate, synthesize
     from dsdistill.errors import DistillError
     from dsdistill.evaluation import EvaluationProtocol, EvaluationResult, evaluate
-    from dsdistill.experts import train_experts
+    from dsdistill.experts import Committee, train_experts, train_teachers
     from dsdistill.methods import create_method, list_methods
     from dsdistill.published import import_published
+    from dsdistill.relabelling import LabelSet, relabel
     from dsdistill.synthetic import SyntheticDataset
 
 __version__ = "0.1.0"
 
-_MODULES = ("augmentations", "data", "errors", "evaluation", "experts", "methods", "networks", "studies", "testing")
+_MODULES = (
+    "augmentations",
+    "data",
+    "errors",
+    "evaluation",
+    "experts",
+    "methods",
+    "networks",
+    "relabelling",
+    "studies",
+    "testing",
+)
 _NAMES = {
+    "Committee": "experts",
     "DistillError": "errors",
     "Estimate": "engine",
     "EvaluationProtocol": "evaluation",
     "EvaluationResult": "evaluation",
+    "LabelSet": "relabelling",
     "Synthesizer": "engine",
     "SyntheticDataset": "synthetic",
     "create_method": "methods",
@@ -35,15 +60,19 @@ _NAMES = {
     "evaluate": "evaluation",
     "import_published": "published",
     "list_methods": "methods",
+    "relabel": "relabelling",
     "synthesize": "engine",
     "train_experts": "experts",
+    "train_teachers": "experts",
 }
 
 __all__ = [
+    "Committee",
     "DistillError",
     "Estimate",
     "EvaluationProtocol",
     "EvaluationResult",
+    "LabelSet",
     "Synthesizer",
     "SyntheticDataset",
     "__version__",
@@ -59,10 +88,13 @@ __all__ = [
     "list_methods",
     "methods",
     "networks",
+    "relabel",
+    "relabelling",
     "studies",
     "synthesize",
     "testing",
     "train_experts",
+    "train_teachers",
 ]
 
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"experts"},
     {"matching"},
     {"selection"},
-    {"relabel"},
+    {"relabelling"},
     {"methods", "evaluation"},
     {"testing", "studies"},
     {"cli", "__main__"},

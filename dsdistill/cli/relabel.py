@@ -12,7 +12,7 @@ from dsdistill.errors import InvalidSetting
 
 def _relabel_arguments(parser: ArgumentParser) -> None:
     from dsdistill.evaluation import list_protocols
-    from dsdistill.relabel import FerKD
+    from dsdistill.relabelling import FerKD
 
     path_arguments(parser)
     parser.add_argument("--teachers", type=Path, required=True, help="Folder of a teacher, or of folders of such.")
@@ -78,7 +78,7 @@ def _relabel(config: Namespace) -> Any:
     from dsdistill.core.device import resolve_device
     from dsdistill.evaluation import get_protocol
     from dsdistill.experts import Committee
-    from dsdistill.relabel import estimate_labels, relabel
+    from dsdistill.relabelling import estimate_labels, relabel
 
     device = resolve_device(config.device)
     asked = {name: config[name] for name in ("epochs", "batch_size") if config[name] is not None}
@@ -102,7 +102,7 @@ def _relabel(config: Namespace) -> Any:
 
 
 def _codec(config: Namespace) -> Any:
-    from dsdistill.relabel import TopK
+    from dsdistill.relabelling import TopK
 
     chosen = {name: value for name, value in (("k", config.top), ("rest", config.rest)) if value is not None}
     if config.codec == "topk":

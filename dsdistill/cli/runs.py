@@ -208,7 +208,7 @@ def _teaching(config: Namespace) -> dict[str, Any]:
     """Labels and teachers, for `evaluate`."""
     from dsdistill.core.device import resolve_device
     from dsdistill.experts import Committee
-    from dsdistill.relabel import LabelSet
+    from dsdistill.relabelling import LabelSet
 
     labels = None if config.labels is None else LabelSet.load(config.labels)
     teachers = None

@@ -25,7 +25,7 @@ from dsdistill.evaluation.step_size import step_sizes
 from dsdistill.evaluation.teaching import checked_teaching
 from dsdistill.experts import Committee
 from dsdistill.recipe import library_versions
-from dsdistill.relabel import LabelSet
+from dsdistill.relabelling import LabelSet
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")

@@ -12,9 +12,9 @@ from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.experts import Committee
-from dsdistill.relabel import Distances, LabelSet
-from dsdistill.relabel.lessons import Lessons, measured
-from dsdistill.relabel.plan import require_teachers
+from dsdistill.relabelling import Distances, LabelSet
+from dsdistill.relabelling.lessons import Lessons, measured
+from dsdistill.relabelling.plan import require_teachers
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import Teacher, TrainingSet
 

@@ -5,14 +5,14 @@ import os
 import signal
 
 import pytest
-from relabel.makers import make_teacher
+from relabelling.makers import make_teacher
 
 import dsdistill as dd
 from dsdistill.cli.main import main
 from dsdistill.evaluation import get_protocol
 from dsdistill.experts import Committee
-from dsdistill.relabel import Float, LabelSet, TopK, relabel
-from dsdistill.relabel.labeller import Labeller
+from dsdistill.relabelling import Float, LabelSet, TopK, relabel
+from dsdistill.relabelling.labeller import Labeller
 
 SMALL = ["--network", "convnet", "--network.norm", "batch", "--network.width", "4", "--network.depth", "1"]
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from relabel.makers import CUT, SPEC, make_committee, make_set, make_teacher
+from relabelling.makers import CUT, SPEC, make_committee, make_set, make_teacher
 
 from dsdistill import evaluate
 from dsdistill.augmentations import CutMix, Mixup, PadCrop, ResizedCrop, Siamese
@@ -14,8 +14,8 @@ from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.evaluation import EvaluationProtocol, evaluate_across
 from dsdistill.evaluation import scorer as scorer_module
 from dsdistill.experts import Committee
-from dsdistill.relabel import Distances, relabel
-from dsdistill.relabel.distances import class_distances
+from dsdistill.relabelling import Distances, relabel
+from dsdistill.relabelling.distances import class_distances
 from dsdistill.training import Distillation
 from dsdistill.training.batches import epochs_of
 

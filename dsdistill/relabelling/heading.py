@@ -13,9 +13,9 @@ from torch import Tensor
 from dsdistill.core import storage
 from dsdistill.core.config import from_dict, to_dict
 from dsdistill.recipe import library_versions
-from dsdistill.relabel import record
-from dsdistill.relabel.calibration import FerKD
-from dsdistill.relabel.codecs import Codec
+from dsdistill.relabelling import record
+from dsdistill.relabelling.calibration import FerKD
+from dsdistill.relabelling.codecs import Codec
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import TrainingRecipe
 

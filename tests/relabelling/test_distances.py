@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dsdistill.errors import InvalidSetting, ShapeMismatch
-from dsdistill.relabel import Distances
-from dsdistill.relabel.distances import class_distances, distance_loss, lesson_targets
+from dsdistill.relabelling import Distances
+from dsdistill.relabelling.distances import class_distances, distance_loss, lesson_targets
 from dsdistill.training import Distillation, TrainingRecipe
 
 TEACHER = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log()

@@ -21,8 +21,8 @@ from dsdistill.core import storage
 from dsdistill.core.config import require_instance
 from dsdistill.core.rng import Rng
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict
-from dsdistill.relabel.distances import lesson_targets
-from dsdistill.relabel.heading import (
+from dsdistill.relabelling.distances import lesson_targets
+from dsdistill.relabelling.heading import (
     FORMAT,
     KEPT,
     LABEL,
@@ -35,9 +35,9 @@ from dsdistill.relabel.heading import (
     images_digest,
     record_digest,
 )
-from dsdistill.relabel.lessons import Lessons, interpolated, replayed
-from dsdistill.relabel.record import EpochRecord
-from dsdistill.relabel.replay import Replay
+from dsdistill.relabelling.lessons import Lessons, interpolated, replayed
+from dsdistill.relabelling.record import EpochRecord
+from dsdistill.relabelling.replay import Replay
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import Lesson, TrainingRecipe
 
@@ -66,7 +66,7 @@ class LabelSet:
 
     Example:
         >>> import dsdistill as dd
-        >>> from dsdistill.relabel import LabelSet
+        >>> from dsdistill.relabelling import LabelSet
         >>> labels = LabelSet.load("labels")  # doctest: +SKIP
         >>> loader = DataLoader(labels.replay(synthetic, epoch=3), batch_size=labels.batch_size)  # doctest: +SKIP
     """

@@ -10,10 +10,10 @@ from dsdistill.core.config import require_instance, to_dict, whole_number
 from dsdistill.core.device import default_chunk
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.experts import Committee
-from dsdistill.relabel.calibration import FerKD
-from dsdistill.relabel.codecs import Codec, Float, get_codec
-from dsdistill.relabel.heading import KINDS, Heading, Kind, Records, images_digest
-from dsdistill.relabel.record import require_recordable
+from dsdistill.relabelling.calibration import FerKD
+from dsdistill.relabelling.codecs import Codec, Float, get_codec
+from dsdistill.relabelling.heading import KINDS, Heading, Kind, Records, images_digest
+from dsdistill.relabelling.record import require_recordable
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import TrainingRecipe
 

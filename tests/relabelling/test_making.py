@@ -8,7 +8,7 @@ from dataclasses import replace
 import filelock
 import pytest
 import torch
-from relabel.makers import CUT, make_committee, make_set
+from relabelling.makers import CUT, make_committee, make_set
 
 from dsdistill.augmentations import Siamese
 from dsdistill.core import storage
@@ -24,9 +24,9 @@ from dsdistill.errors import (
     UnknownName,
 )
 from dsdistill.experts import Committee
-from dsdistill.relabel import FerKD, LabelSet, TopK, estimate_labels, relabel
-from dsdistill.relabel.labeller import Labeller
-from dsdistill.relabel.record import EpochRecord
+from dsdistill.relabelling import FerKD, LabelSet, TopK, estimate_labels, relabel
+from dsdistill.relabelling.labeller import Labeller
+from dsdistill.relabelling.record import EpochRecord
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from dsdistill.core.units import shown_duration, shown_size
 from dsdistill.engine.observe import StopRequest
 from dsdistill.errors import Stopped
 from dsdistill.experts import Committee
-from dsdistill.relabel.calibration import FerKD
-from dsdistill.relabel.codecs import Codec
-from dsdistill.relabel.growing import Growing
-from dsdistill.relabel.heading import Kind, Records
-from dsdistill.relabel.labeller import Labeller
-from dsdistill.relabel.labelset import LabelSet
-from dsdistill.relabel.plan import Asked
+from dsdistill.relabelling.calibration import FerKD
+from dsdistill.relabelling.codecs import Codec
+from dsdistill.relabelling.growing import Growing
+from dsdistill.relabelling.heading import Kind, Records
+from dsdistill.relabelling.labeller import Labeller
+from dsdistill.relabelling.labelset import LabelSet
+from dsdistill.relabelling.plan import Asked
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import TrainingRecipe
 
@@ -87,7 +87,7 @@ def relabel(
         epochs: passes to label; None for those of the recipe. One epoch is in memory at a time.
         kind: "replayed": logits of every view. "static": logits of the clean images, once (UFC). "distances": two
             numbers for every view (NRR-DD).
-        codec: "float16", "float32", "uint8", "topk", or an instance; see `dsdistill.relabel.codecs`.
+        codec: "float16", "float32", "uint8", "topk", or an instance; see `dsdistill.relabelling.codecs`.
         teacher_mode: "eval": running statistics. "batch": those of each of ``recipe.sub_batches`` parts of a
             mini-batch (batch-specific soft labels). None for that of a protocol, and for "eval" with a plain recipe.
         temperature: of the vote, softmax(performance / temperature); None: all members alike.

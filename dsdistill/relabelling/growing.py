@@ -18,8 +18,8 @@ from torch import Tensor
 
 from dsdistill.core import storage
 from dsdistill.errors import BadArtifact, OutputConflict, OutputLocked
-from dsdistill.relabel.heading import MANIFEST, Heading, file_bytes
-from dsdistill.relabel.labelset import LabelSet
+from dsdistill.relabelling.heading import MANIFEST, Heading, file_bytes
+from dsdistill.relabelling.labelset import LabelSet
 
 logger = logging.getLogger("dsdistill")
 GROWING, LOCK = "growing.json", "lock"

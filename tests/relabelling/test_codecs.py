@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsdistill.errors import InvalidSetting, UnknownName
-from dsdistill.relabel import CODECS, EightBits, Float, TopK, get_codec
+from dsdistill.relabelling import CODECS, EightBits, Float, TopK, get_codec
 from dsdistill.training import Distillation
 
 

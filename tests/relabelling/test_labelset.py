@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from relabel.makers import CUT, make_committee, make_set, make_teacher
+from relabelling.makers import CUT, make_committee, make_set, make_teacher
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
@@ -16,8 +16,8 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, InvalidSetting, OutputConflict
 from dsdistill.experts import Committee
-from dsdistill.relabel import FerKD, LabelSet, TopK, relabel
-from dsdistill.relabel.heading import file_bytes
+from dsdistill.relabelling import FerKD, LabelSet, TopK, relabel
+from dsdistill.relabelling.heading import file_bytes
 from dsdistill.training import Distillation, TrainingRecipe, TrainingSet, train
 
 BLEND = TrainingRecipe(batch_size=4, augmentation=PadCrop(pad=2), mix=Mixup(), distillation=Distillation())
@@ -184,7 +184,7 @@ def test_drawn_records_that_would_differ_are_refused(made, committee, monkeypatc
     stored = label(made, committee, records="stored")
     assert labels.nbytes < stored.nbytes
     assert torch.equal(labels.epoch(1).record.order, stored.epoch(1).record.order)
-    monkeypatch.setattr("dsdistill.relabel.labelset.stream", lambda seed: Rng(seed, job="another torch"))
+    monkeypatch.setattr("dsdistill.relabelling.labelset.stream", lambda seed: Rng(seed, job="another torch"))
     with pytest.raises(BadArtifact, match=r"epoch-00001.safetensors: its views cannot be drawn again"):
         labels.epoch(1)
 

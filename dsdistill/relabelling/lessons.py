@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsdistill.core.rng import Rng
-from dsdistill.relabel.distances import class_distances, lesson_targets
-from dsdistill.relabel.record import EpochRecord, require_recordable
+from dsdistill.relabelling.distances import class_distances, lesson_targets
+from dsdistill.relabelling.record import EpochRecord, require_recordable
 from dsdistill.training import Lesson, TrainingRecipe
 
 Lessons = Callable[[int], Iterator[Lesson]]

@@ -18,11 +18,11 @@ from dsdistill.core.device import (
 from dsdistill.core.units import shown_duration, shown_size
 from dsdistill.errors import BadData, DistillError, OutOfMemory
 from dsdistill.experts import Committee
-from dsdistill.relabel.distances import class_distances
-from dsdistill.relabel.heading import KEPT, LABEL, RECORD, Heading, record_digest
-from dsdistill.relabel.labelset import stream
-from dsdistill.relabel.plan import Asked, planned
-from dsdistill.relabel.record import EpochRecord
+from dsdistill.relabelling.distances import class_distances
+from dsdistill.relabelling.heading import KEPT, LABEL, RECORD, Heading, record_digest
+from dsdistill.relabelling.labelset import stream
+from dsdistill.relabelling.plan import Asked, planned
+from dsdistill.relabelling.record import EpochRecord
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")

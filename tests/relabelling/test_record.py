@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from relabel.makers import CUT
+from relabelling.makers import CUT
 
 from dsdistill.augmentations import CutMix, Mixup, PadCrop, PatchShuffle, ResizedCrop, Siamese
 from dsdistill.core.rng import Rng
 from dsdistill.errors import BadData, InvalidSetting
-from dsdistill.relabel.record import EpochRecord, layout, require_recordable
+from dsdistill.relabelling.record import EpochRecord, layout, require_recordable
 from dsdistill.training import TrainingRecipe
 
 SHAPE = (3, 8, 6)

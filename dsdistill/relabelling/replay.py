@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dsdistill.relabel.record import EpochRecord
+from dsdistill.relabelling.record import EpochRecord
 
 
 class Replay(Dataset[tuple[Tensor, Tensor]]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsdistill.errors import InvalidSetting
-from dsdistill.relabel import FerKD
+from dsdistill.relabelling import FerKD
 
 # probability of the true class, 0, in four views of three classes
 SURE = torch.tensor([[0.995, 0.004, 0.001], [0.5, 0.4, 0.1], [0.2, 0.7, 0.1], [0.04, 0.95, 0.01]])
