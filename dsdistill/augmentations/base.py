@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsdistill.errors import ShapeMismatch
+
 
 @dataclass(frozen=True)
 class Views:
@@ -74,3 +76,22 @@ class Augmentation(ABC):
     @abstractmethod
     def suited(self, mirror_safe: bool) -> "Augmentation | None":
         """This augmentation without mirroring if mirrored images change their class; None if nothing remains."""
+
+
+def groups_of(images: Tensor, views: Views, owner: Sequence[int] | Tensor | None) -> Tensor:
+    """The record of each of images ``(M, C, H, W)``, ``(M,)`` on the CPU; ``owner`` as `Augmentation.apply` takes it.
+
+    Raises:
+        ShapeMismatch: images or owner do not fit the record.
+    """
+    if images.dim() != 4 or tuple(images.shape[1:]) != views.shape:
+        raise ShapeMismatch("images", tuple(images.shape), f"(M, {', '.join(map(str, views.shape))}) as in the record")
+    groups = torch.arange(len(views)) if owner is None else torch.as_tensor(owner, device="cpu", dtype=torch.int64)
+    if groups.shape != images.shape[:1]:
+        what = "views" if owner is None else "owner"
+        raise ShapeMismatch(what, tuple(groups.shape), f"({len(images)},), one group per image")
+    if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(views):
+        raise ShapeMismatch(
+            "views", (len(views),), f"(G,), a record for each owner in {int(groups.min())} .. {int(groups.max())}"
+        )
+    return groups

@@ -15,8 +15,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from dsdistill.augmentations import transforms
-from dsdistill.augmentations.base import Augmentation, Views
-from dsdistill.augmentations.siamese import _groups
+from dsdistill.augmentations.base import Augmentation, Views, groups_of
 from dsdistill.core.config import validate
 from dsdistill.errors import BadData, InvalidSetting
 
@@ -345,7 +344,7 @@ def _check_draw(count: int, generator: torch.Generator, per: str) -> None:
 def _record_of_each(images: Tensor, views: Views, owner: Sequence[int] | Tensor | None) -> Tensor:
     """The record of each image, ``(M,)`` on the CPU; a single record is that of all."""
     single = owner is None and len(views) == 1
-    return _groups(images, views, torch.zeros(len(images), dtype=torch.int64) if single else owner)
+    return groups_of(images, views, torch.zeros(len(images), dtype=torch.int64) if single else owner)
 
 
 def _reaches_outside(views: CropViews) -> bool:

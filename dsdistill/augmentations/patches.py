@@ -8,8 +8,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
-from dsdistill.augmentations.base import Augmentation, Views
-from dsdistill.augmentations.siamese import _groups
+from dsdistill.augmentations.base import Augmentation, Views, groups_of
 from dsdistill.core.config import validate
 from dsdistill.errors import InvalidSetting
 
@@ -81,7 +80,7 @@ class PatchShuffle(Augmentation):
         """Show images as recorded; see `Augmentation.apply`."""
         if not isinstance(views, PatchViews) or (views.then is None) != (self.then is None):
             raise InvalidSetting("views", views, "a record that PatchShuffle.sample drew")
-        groups = _groups(images, views, owner)
+        groups = groups_of(images, views, owner)
         rows, columns = (one[groups].to(images.device, non_blocking=True) for one in (views.rows, views.columns))
         moved = images.gather(3, columns[:, None, None].expand(images.shape))
         moved = moved.gather(2, rows[:, None, :, None].expand(images.shape))

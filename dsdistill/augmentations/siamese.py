@@ -10,9 +10,9 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from dsdistill.augmentations import transforms
-from dsdistill.augmentations.base import Augmentation, Views
+from dsdistill.augmentations.base import Augmentation, Views, groups_of
 from dsdistill.core.config import validate
-from dsdistill.errors import InvalidSetting, ShapeMismatch, UnknownName
+from dsdistill.errors import InvalidSetting, UnknownName
 
 OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 
@@ -116,7 +116,7 @@ class Siamese(Augmentation):
         """Show images as recorded; see `Augmentation.apply`. Images are bucketed by operation, each run once."""
         if not isinstance(views, SiameseViews):
             raise InvalidSetting("views", views, "a record that Siamese.sample drew")
-        groups = _groups(images, views, owner)
+        groups = groups_of(images, views, owner)
         names = list(dict.fromkeys(views.ops))
         codes = torch.tensor([names.index(op) for op in views.ops])[groups]
         values = views.values.to(device=images.device, dtype=images.dtype, non_blocking=True)
@@ -158,18 +158,3 @@ class Siamese(Augmentation):
 
 def _pixels(ratio: float, shape: tuple[int, ...]) -> tuple[int, int]:
     return int(ratio * shape[1] + 0.5), int(ratio * shape[2] + 0.5)
-
-
-def _groups(images: Tensor, views: Views, owner: Sequence[int] | Tensor | None) -> Tensor:
-    """The record of each image, ``(M,)`` on the CPU."""
-    if images.dim() != 4 or tuple(images.shape[1:]) != views.shape:
-        raise ShapeMismatch("images", tuple(images.shape), f"(M, {', '.join(map(str, views.shape))}) as in the record")
-    groups = torch.arange(len(views)) if owner is None else torch.as_tensor(owner, device="cpu", dtype=torch.int64)
-    if groups.shape != images.shape[:1]:
-        what = "views" if owner is None else "owner"
-        raise ShapeMismatch(what, tuple(groups.shape), f"({len(images)},), one group per image")
-    if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < len(views):
-        raise ShapeMismatch(
-            "views", (len(views),), f"(G,), a record for each owner in {int(groups.min())} .. {int(groups.max())}"
-        )
-    return groups

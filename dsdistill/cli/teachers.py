@@ -1,4 +1,4 @@
-"""The verb on teachers: train a committee, or take over weights that are there already."""
+"""Verbs on teachers: train a committee or take over weights, and measure what each member is worth alone."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +81,42 @@ def _teachers(config: Namespace) -> Any:
     }
 
 
+def _prior_arguments(parser: ArgumentParser) -> None:
+    from dsdistill.evaluation import list_protocols
+    from dsdistill.networks import NetworkSpec
+    from dsdistill.studies.prior import PLUS
+
+    parser.add_argument("path", type=Path, help="Folder of a committee, as `dsdistill teachers` makes it.")
+    data_arguments(parser)
+    parser.add_argument("--ipc", type=int, default=PLUS.ipc, help="Images per class of the sets.")
+    parser.add_argument("--iterations", type=int, default=PLUS.iterations, help="Steps of their recovery.")
+    parser.add_argument("--protocol", type=str, default="cvdd", help=f"One of {', '.join(list_protocols())}.")
+    parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the protocol's.")
+    parser.add_argument("--network", type=NetworkSpec | None, default=None, help="Network instead of the protocol's.")
+    parser.add_argument("--repeats", type=int, default=1, help="Networks for each teacher.")
+    parser.add_argument("--again", action="store_true", help="Measure those that have a prior already, too.")
+    run_arguments(parser)
+
+
+def _prior(config: Namespace) -> Any:
+    from dsdistill.evaluation import get_protocol
+    from dsdistill.studies.prior import PLUS, measure_priors
+
+    changes = {name: config[name] for name in ("epochs", "network") if config[name] is not None}
+    found = measure_priors(
+        config.path,
+        load_source(config),
+        replace(PLUS, ipc=config.ipc, iterations=config.iterations),
+        protocol=replace(get_protocol(config.protocol), **changes),
+        repeats=config.repeats,
+        seed=config.seed,
+        device=config.device,
+        again=config.again,
+    )
+    say(config, "\n".join(f"{name}: {value:.1f} %" for name, value in found.items()))
+    return dict(found)
+
+
 VERBS = {
     "teachers": Verb(
         "Train the networks that SRe2L, CDA, CV-DD, INFER, NRR-DD and RDED ask, or take over weights.",
@@ -92,5 +128,12 @@ VERBS = {
         "--out teachers",
         _teachers_arguments,
         _teachers,
+    ),
+    "prior": Verb(
+        "Measure what each teacher of a committee is worth alone, by which CV-DD lets them vote.",
+        "  dsdistill prior teachers --data cifar10\n"
+        "  dsdistill prior teachers --data digits --ipc 1 --iterations 200 --epochs 100",
+        _prior_arguments,
+        _prior,
     ),
 }

@@ -42,7 +42,7 @@ class RDED(Synthesizer):
     presets: ClassVar[Mapping[str, Preset]] = {
         "small": Preset(f"{_CODE}, up to 64 pixels", {"factor": 1}),
         "large": Preset(f"{_CODE}, from 128 pixels on", {"factor": 2}),
-        "large/fast": Preset(f"{_CODE}, ImageNet with one crop of each image", {"factor": 2, "crops": 1}),
+        "large_one_crop": Preset(f"{_CODE}, ImageNet with one crop of each image", {"factor": 2, "crops": 1}),
     }
 
     ipc: Annotated[int, Ge(1)] = 10
