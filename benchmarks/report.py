@@ -139,6 +139,28 @@ def _gradients(result: Json) -> list[list[str]]:
     ]
 
 
+def _taught(result: Json) -> list[list[str]]:
+    def gain(score: Json | None) -> str:
+        return "" if score is None else _percent(score, "+")
+
+    epochs = f"{result['protocol']['name']}, {result['protocol']['epochs']} epochs"
+    return [
+        [
+            result["title"] if row is result["rows"][0] else "",
+            row["method"],
+            epochs,
+            f"{statistics.mean(row['seconds']):.0f} s",
+            f"{row['image_bytes']:,} + {row['label_bytes']:,}",
+            _percent(row["soft"]),
+            gain(row["soft_gain"]),
+            _percent(row["hard"]),
+            gain(row["hard_gain"]),
+            f"{row['soft']['n']} x {result['networks']}",
+        ]
+        for row in result["rows"]
+    ]
+
+
 def _resume(result: Json) -> list[list[str]]:
     late = sum(kill["after_first_step"] for kill in result["kills"])
     outcome = "same bytes as uninterrupted" if result["equal"] else "**different bytes**"
@@ -242,6 +264,24 @@ _TABLES = {
         "from the first row, paired by seed:",
         ["what", "gradient", "step sizes", "steps", "synthesis", "loss", "accuracy", "difference", "seeds x networks"],
         _gradients,
+    ),
+    "taught": (
+        "Decoupled methods, all labelled by one committee: test accuracy in % of networks that learn its labels and of "
+        "networks that learn classes alone, ± half of the 95 % interval over synthesis seeds; gains over random real "
+        "images, labelled alike, are paired by seed; bytes are those of images and labels:",
+        [
+            "what",
+            "method",
+            "protocol",
+            "synthesis",
+            "bytes",
+            "soft labels",
+            "over random",
+            "hard labels",
+            "over random",
+            "seeds x networks",
+        ],
+        _taught,
     ),
     "speed": (
         "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",

@@ -513,7 +513,50 @@ def slowdowns(ways: Sequence[UnrollWay]) -> dict[str, list[float]]:
     }
 
 
-AnyResult = Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep | Unroll | Gradients
+class TaughtRow(_Strict):
+    """A method whose sets one committee labels. Scores are over synthesis seeds, each with the mean of its networks.
+
+    ``soft``: networks learn the labels of the committee; ``hard``: classes alone; gains over "RandomReal" are paired
+    by seed. ``image_bytes`` and ``label_bytes`` of a set.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    seconds: list[Positive]
+    image_bytes: Annotated[int, Field(ge=1)]
+    label_bytes: Annotated[int, Field(ge=1)]
+    soft: Scores
+    hard: Scores
+    soft_gain: Scores | None
+    hard_gain: Scores | None
+
+
+class Taught(Record):
+    """Decoupled methods side by side: one committee, one protocol, the same seeds; the first row is random images."""
+
+    kind: Literal["taught"] = "taught"
+    data: Data
+    ipc: Annotated[int, Field(ge=1)]
+    networks: Annotated[int, Field(ge=1)]
+    protocol: dict[str, Any]
+    teachers: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    rows: Annotated[list[TaughtRow], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        first, *others = self.rows
+        for row in others:
+            pairs = ((row.soft_gain, row.soft, first.soft), (row.hard_gain, row.hard, first.hard))
+            for gain, own, random in pairs:
+                differences = [a - b for a, b in zip(own.values, random.values, strict=True)]
+                if gain is None or not _close(gain.values, differences):
+                    raise ValueError(f"a gain of {row.method} is not the difference of the rows")
+        return self
+
+
+AnyResult = (
+    Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep | Unroll | Gradients | Taught
+)
 Result = Annotated[AnyResult, Field(discriminator="kind")]
 RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
 
