@@ -172,14 +172,14 @@ class Diverged(DistillError, ArithmeticError):
         metrics: Mapping[str, float] | None = None,
         last_good: object = None,
         saved: Path | None = None,
+        lower: str = "the learning rate",
     ) -> None:
         self.method, self.job, self.iteration = method, job, iteration
         self.metrics, self.last_good, self.saved = dict(metrics or {}), last_good, saved
         good = f" Last good metrics: {self.metrics}." if self.metrics else ""
         kept = f" The last good state is saved in {saved}." if saved else ""
         super().__init__(
-            f"{method}, job {job!r}, iteration {iteration}: {culprit} is not finite.{good}{kept} "
-            "Lower the learning rate."
+            f"{method}, job {job!r}, iteration {iteration}: {culprit} is not finite.{good}{kept} Lower {lower}."
         )
 
 
@@ -196,13 +196,15 @@ class BadArtifact(DistillError, ValueError):
 class Stopped(DistillError):
     """A signal ended the run after the step in progress; its state is saved.
 
-    Attributes: ``signum``, ``iteration``, ``path`` (the output folder).
+    Attributes: ``signum``, ``iteration``, ``path`` (the output folder), ``kept`` (what was made before the first
+    iteration, and where it is kept; empty where nothing was).
     """
 
-    def __init__(self, signum: int, iteration: int, path: Path) -> None:
-        self.signum, self.iteration, self.path = signum, iteration, path
+    def __init__(self, signum: int, iteration: int, path: Path, kept: str = "") -> None:
+        self.signum, self.iteration, self.path, self.kept = signum, iteration, path, kept
         super().__init__(
-            f"stopped by {_signal.Signals(signum).name} after {iteration} iterations; state saved in {path}. "
+            f"stopped by {_signal.Signals(signum).name} after "
+            f"{kept or f'{iteration} iterations; state saved in {path}'}. "
             "Run the same command again to continue."
         )
 

@@ -149,10 +149,10 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         )
 
     @cached_property
-    def _decoded(self) -> tuple[Tensor, Tensor]:
+    def _decoded(self) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             images, owner = self.images.decode()
-            return images.detach().cpu(), self.labels.target(owner).detach().cpu()
+            return images.detach().cpu(), self.labels.target(owner).detach().cpu(), self.labels.classes[owner]
 
     @property
     def _images(self) -> Tensor:
@@ -178,9 +178,9 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
 
     @property
     def targets(self) -> list[int]:
-        """Class index of every decoded image."""
-        hard = self._targets if self._targets.dim() == 1 else self._targets.argmax(1)
-        return [int(target) for target in hard]
+        """The class that every decoded image was made for, also where the label it learned ranks another first."""
+        classes: list[int] = self._decoded[2].tolist()
+        return classes
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -381,7 +381,8 @@ class SyntheticDataset(Shared, Dataset[tuple[Tensor, Any]]):
         """Write the set for other programs.
 
         Formats: "folder" (8-bit PNG files by class), "npz" (arrays), "pt" (a folder of ``images.pt``, ``labels.pt``
-        and, where it was learned, ``lr.pt``), "parquet" (8-bit images, as Hugging Face data sets keep them).
+        and, where it was learned, ``lr.pt``), "parquet" (8-bit images, as Hugging Face data sets keep them). A warning
+        names what was learned and has no place in the format.
 
         Raises:
             InvalidSetting: unknown format. OutputConflict: the target exists. OutOfSpace: the disk is full.

@@ -112,10 +112,18 @@ def test_errors_cross_process_borders(sample):
             "DM, job 'all', iteration 3: loss is not finite. Last good metrics: {'loss': 2.0}. "
             "The last good state is saved in kept. Lower the learning rate.",
         ),
+        (
+            Diverged("MTT", "all", 3, "lr", lower="lr_student or lr_lr"),
+            "MTT, job 'all', iteration 3: lr is not finite. Lower lr_student or lr_lr.",
+        ),
         (SAMPLES[10], "set: damaged"),
         (
             SAMPLES[11],
             "stopped by SIGTERM after 5 iterations; state saved in out. Run the same command again to continue.",
+        ),
+        (
+            Stopped(signal.SIGTERM, 0, Path("out"), "7 epochs of experts, kept in store"),
+            "stopped by SIGTERM after 7 epochs of experts, kept in store. Run the same command again to continue.",
         ),
         (
             SAMPLES[12],

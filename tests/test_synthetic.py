@@ -18,7 +18,7 @@ from dsdistill import SyntheticDataset
 from dsdistill.core import storage
 from dsdistill.data import Normalization
 from dsdistill.errors import BadArtifact, BadData, DistillError, InvalidSetting, OutputConflict, ShapeMismatch
-from dsdistill.labels import HardLabels
+from dsdistill.labels import HardLabels, SoftLabels
 from dsdistill.parameterizations import Pixels
 from dsdistill.recipe import Recipe
 
@@ -298,6 +298,12 @@ def test_the_card_describes_the_set_and_its_code_loads_it(made, saved):
     assert names["target"] == 0
 
 
+def test_the_card_shows_learned_numbers(tmp_path):
+    learned = {"lr": torch.tensor(0.018543), "table": torch.arange(4)}
+    _, body = front_matter(make(learned=learned).save(tmp_path / "set"))
+    assert "36 of other learned tensors (lr = 0.01854, table of shape (4,))" in body
+
+
 @pytest.mark.parametrize(
     "name",
     ['a "quoted" one', "back\\slash", "line\nbreak", "caf\u00e9 \U0001f408", "it's: {x} #5", "tab\t", "\udcff"],
@@ -327,6 +333,15 @@ def test_the_picture_has_a_row_per_class_and_a_frame(made, saved):
             for column in range(2):
                 assert image.getpixel((2 + column * 62, 2 + row * 42)) == shown(made, 2 * row + column)
         assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_learned_labels_leave_images_in_the_class_they_were_made_for(made):
+    swayed = replace(made, labels=SoftLabels(torch.eye(3)[[1, 0, 1, 2, 2, 0]], made.labels.classes))
+    assert swayed.targets == made.targets
+    assert swayed.counts == made.counts
+    assert torch.equal(swayed.grid(), made.grid())
+    assert swayed.tensors()[1].argmax(1).tolist() == [1, 0, 1, 2, 2, 0]
+    assert swayed.subset(1).targets == [0, 1, 2]
 
 
 def test_pictures_of_grey_oblong_and_uneven_sets():

@@ -19,6 +19,7 @@ from dsdistill.errors import DistillError, InvalidSetting, OutputConflict, Unkno
 
 if TYPE_CHECKING:
     from dsdistill.networks import NetworkSpec
+    from dsdistill.synthetic import SyntheticDataset
 
 
 def _synthesize_arguments(parser: ArgumentParser) -> None:
@@ -79,9 +80,20 @@ def _synthesize(config: Namespace) -> Any:
         for name, value in vars(config.load).items()
         if value != getattr(LoadOptions, name)
     ]
-    command = shlex.join(["dsdistill", "evaluate", str(config.out), "--data", config.data, *loading])
+    protocol = _protocol_of(synthetic)
+    command = shlex.join(["dsdistill", "evaluate", str(config.out), "--data", config.data, *loading, *protocol])
     say(config, f"{synthetic!r}\nsaved in {config.out}; score it with: {command}")
     return summary(config.out)
+
+
+def _protocol_of(synthetic: "SyntheticDataset") -> list[str]:
+    """The option for a protocol that trains with the step size that a set carries; none where it carries none."""
+    from dsdistill.exchange.arrays import LEARNED_LR
+    from dsdistill.labels import SoftLabels
+
+    if LEARNED_LR not in synthetic.learned:
+        return []
+    return ["--protocol", "datm" if isinstance(synthetic.labels, SoftLabels) else "mtt"]
 
 
 @contextmanager

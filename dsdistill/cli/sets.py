@@ -14,9 +14,10 @@ _EIGHT_BITS = ("folder", "parquet")  # formats that round
 
 def _inspect(config: Namespace) -> Any:
     import dsdistill as dd
+    from dsdistill.exchange.report import shown_learned
 
     synthetic = dd.SyntheticDataset.load(config.path)  # checks every byte
-    recipe = synthetic.recipe
+    recipe, learned = synthetic.recipe, synthetic.learned
     lines = [
         repr(synthetic),
         f"classes        {', '.join(synthetic.classes[:20])}{' ...' if len(synthetic.classes) > 20 else ''}",
@@ -24,13 +25,15 @@ def _inspect(config: Namespace) -> Any:
         f"source         {recipe.source.get('name')}, fingerprint {recipe.source.get('fingerprint')}",
         f"seed           {recipe.seed}",
         f"method         {recipe.method.get('type')}",
+        *(f"learned        {told}" for told in shown_learned(learned)),
         *(f"setting        {key} = {value}" for key, value in recipe.method.items() if key != "type"),
         *(f"version        {name} {number}" for name, number in recipe.versions.items()),
         *(f"note           {note}" for note in recipe.notes),
         "all files match their sha256",
     ]
     say(config, "\n".join(lines))
-    return summary(config.path)
+    numbers = {name: tensor.item() for name, tensor in learned.items() if tensor.numel() == 1}
+    return {**summary(config.path), "learned": numbers}
 
 
 def _verify_arguments(parser: ArgumentParser) -> None:
@@ -57,7 +60,7 @@ def _export_arguments(parser: ArgumentParser) -> None:
         type=str,
         default="folder",
         help="folder: PNG files by class, 8 bits; npz: arrays, images standardised as networks take them; "
-        "pt: images.pt and labels.pt; parquet: as Hugging Face data sets, 8 bits.",
+        "pt: images.pt, labels.pt and the learned step size, if any; parquet: as Hugging Face data sets, 8 bits.",
     )
     parser.add_argument(
         "--out", type=Path | None, default=None, help="Target; by default beside the set, named after it."

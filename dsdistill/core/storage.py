@@ -29,6 +29,8 @@ from dsdistill.errors import BadArtifact, OutOfSpace, OutputConflict
 
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """What the system says when a disk, a quota or the largest allowed file (``ulimit -f``) is full."""
+STORE = "a folder of what runs share (--store)"
+"""What to call the store in messages."""
 _TEMPORARY = ".tmp-"
 _MANIFEST_LIMIT = 64 * 2**20
 
@@ -273,14 +275,33 @@ def sweep_temporaries(folder: Path) -> None:
         orphan.unlink(missing_ok=True)
 
 
-def ensure_writable(folder: Path) -> None:
+def require_folder(folder: Path, what: str) -> None:
+    """Refuse a path that is no folder and cannot become one; nothing is made.
+
+    Args:
+        what: the folder is, with its article, for the message.
+
+    Raises:
+        OutputConflict: the path is a file, or lies below one.
+    """
+    for place in (folder, *folder.absolute().parents):
+        if os.path.lexists(place):  # unlike Path's, these take any name
+            if not os.path.isdir(place):
+                raise OutputConflict(place, f"is a file, {what} is needed; choose another path")
+            return
+
+
+def ensure_writable(folder: Path, what: str = "an output folder") -> None:
     """Create ``folder`` if needed and prove that a file can be written there.
+
+    Args:
+        what: the folder is, with its article, for messages.
 
     Raises:
         OutputConflict: the path is a file, or the folder is read-only. OutOfSpace: the disk takes no further file.
     """
     if os.path.exists(folder) and not os.path.isdir(folder):  # unlike Path's, these take any name
-        raise OutputConflict(folder, "is a file, an output folder is needed; choose another path")
+        raise OutputConflict(folder, f"is a file, {what} is needed; choose another path")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(prefix=_TEMPORARY, dir=folder):
@@ -289,7 +310,7 @@ def ensure_writable(folder: Path) -> None:
         if isinstance(error, OSError) and error.errno in FULL:
             raise OutOfSpace(folder, 1, 0) from error  # not one more file
         problem = error.strerror if isinstance(error, OSError) else error
-        raise OutputConflict(folder, f"cannot be written ({problem}); choose another output folder") from None
+        raise OutputConflict(folder, f"cannot be written ({problem}); choose another path for {what}") from None
 
 
 def flatten(tree: Any) -> tuple[dict[str, Tensor], Any]:

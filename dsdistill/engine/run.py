@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from dsdistill.core import storage
 from dsdistill.core.config import require_instance, to_dict, whole_number
 from dsdistill.core.device import default_chunk, is_out_of_memory, release_memory, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
@@ -20,6 +21,7 @@ from dsdistill.engine.shared import Rehearsal, Shared
 from dsdistill.engine.synthesizer import Job, Metrics, Run, State, Synthesizer
 from dsdistill.engine.workspace import Workspace
 from dsdistill.errors import BadArtifact, BadData, DistillError, Diverged, OutOfMemory, Stopped
+from dsdistill.exchange.arrays import LEARNED_LR
 from dsdistill.recipe import Recipe
 from dsdistill.synthetic import SyntheticDataset
 
@@ -112,6 +114,8 @@ def prepared_run(
     resolved = resolve_device(device)
     if chunk is not None:
         chunk = whole_number("chunk", chunk, 1)
+    if store is not None:
+        storage.require_folder(Path(store), storage.STORE)
     seed = whole_number("seed", seed)
     training = source.train_only()
     method.check(training)
@@ -357,6 +361,8 @@ class _Watch:
         recipe = replace(self.run.recipe, notes=(*self.run.recipe.notes, note))
         last_good = replace(execution.method.finish(self.run, self._state), recipe=recipe)
         saved = execution.workspace.save_last_good(last_good) if execution.workspace else None
+        # A step size that is learned is told as a metric: where it diverges, those of the images are not to blame.
+        lower = "lr_student or lr_lr" if culprit == LEARNED_LR else "the learning rate"
         raise Diverged(
             execution.method.title,
             self._job.key,
@@ -365,4 +371,5 @@ class _Watch:
             metrics=metrics,
             last_good=last_good,
             saved=saved,
+            lower=lower,
         )

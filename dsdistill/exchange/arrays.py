@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dsdistill.core import storage
-from dsdistill.exchange.report import Export
+from dsdistill.exchange.report import Export, warn_of_learned
 
 if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
@@ -17,7 +17,7 @@ LEARNED_LR = "lr"
 
 
 def write_npz(synthetic: "SyntheticDataset", path: Path) -> Export:
-    """One file: images (M, C, H, W) as networks take them, targets, mean, std, classes, and ZCA matrices if any."""
+    """One file: images (M, C, H, W) as networks take them, targets, mean, std, classes; if any, ZCA matrices and lr."""
     import numpy as np
 
     images, targets = synthetic.tensors()
@@ -29,6 +29,9 @@ def write_npz(synthetic: "SyntheticDataset", path: Path) -> Export:
         "classes": np.array(synthetic.classes),
         **{name: tensor.numpy() for name, tensor in synthetic.normalization.tensors().items()},
     }
+    if LEARNED_LR in synthetic.learned:
+        arrays[LEARNED_LR] = synthetic.learned[LEARNED_LR].detach().cpu().numpy()
+    warn_of_learned(synthetic, path, kept=(LEARNED_LR,))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     storage.write_bytes(path, buffer.getvalue())
@@ -41,6 +44,7 @@ def write_pt(synthetic: "SyntheticDataset", path: Path) -> Export:
     tensors = {"images.pt": images, "labels.pt": targets}
     if LEARNED_LR in synthetic.learned:
         tensors["lr.pt"] = synthetic.learned[LEARNED_LR]
+    warn_of_learned(synthetic, path, kept=(LEARNED_LR,))
     with storage.new_folder(path) as folder:
         for name, tensor in tensors.items():
             storage.write_bytes(folder / name, _saved(tensor.detach().cpu().clone()))

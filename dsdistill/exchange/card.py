@@ -3,6 +3,8 @@
 import json
 from typing import TYPE_CHECKING
 
+from dsdistill.exchange.report import shown_learned
+
 if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
 
@@ -14,7 +16,8 @@ def write_card(synthetic: "SyntheticDataset") -> str:
     notes = "".join(f"- {note}\n" for note in recipe.notes)
     classes = ", ".join(synthetic.classes[:20]) + (", ..." if len(synthetic.classes) > 20 else "")
     source_name = str(recipe.source.get("name"))
-    learned = f", {size.learned:,} of other learned tensors ({', '.join(synthetic.learned)})" if size.learned else ""
+    told = ", ".join(shown_learned(synthetic.learned))
+    learned = f", {size.learned:,} of other learned tensors ({told})" if size.learned else ""
     zca = synthetic.normalization.zca
     whitened = f", then whitened (ZCA, eps {zca.eps}; the matrices are in normalization.safetensors)" if zca else ""
     return f"""---

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from dsdistill.core import storage
-from dsdistill.exchange.report import Export, eight_bits
+from dsdistill.exchange.report import Export, eight_bits, warn_of_learned
 from dsdistill.labels import HardLabels
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _LONGEST = 200  # bytes of a folder name; file systems allow 255
 def write_image_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
     """``path/CLASS/000000.png``: clipped to [0, 1], rounded to 8 bits, numbered in the order of the set."""
     pixels, report = eight_bits(synthetic, path)
+    warn_of_learned(synthetic, path)
     if not isinstance(synthetic.labels, HardLabels):
         logger.warning(
             "%s: a folder of pictures has no place for learned labels: each image lies under the class it was made "
@@ -33,8 +34,8 @@ def write_image_folder(synthetic: "SyntheticDataset", path: Path) -> Export:
     with storage.new_folder(path) as folder:
         for name in names:
             (folder / name).mkdir()
-        for index, (image, target) in enumerate(zip(pixels, synthetic.targets, strict=True)):
-            storage.write_bytes(folder / names[target] / f"{index:06d}.png", encode_png(image))
+        for index, (image, made_for) in enumerate(zip(pixels, synthetic.targets, strict=True)):
+            storage.write_bytes(folder / names[made_for] / f"{index:06d}.png", encode_png(image))
     return report
 
 

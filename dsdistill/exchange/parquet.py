@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsdistill.core import storage
 from dsdistill.errors import MissingExtra
 from dsdistill.exchange.folder import encode_png
-from dsdistill.exchange.report import Export, eight_bits
+from dsdistill.exchange.report import Export, eight_bits, warn_of_learned
 
 if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 def write_parquet(synthetic: "SyntheticDataset", path: Path) -> Export:
     """One file that ``datasets.load_dataset("parquet", data_files=...)`` opens with its features.
 
-    Columns: ``image`` (8 bits), ``label``, and ``probabilities`` (K floats) for soft labels.
+    Columns: ``image`` (8 bits), ``label`` (the class it was made for), and ``probabilities`` (K floats) for soft
+    labels.
 
     Raises:
         MissingExtra: the package ``datasets`` is not installed.
     """
     datasets = _library()
     pixels, report = eight_bits(synthetic, path)
+    warn_of_learned(synthetic, path)
     _, targets = synthetic.tensors()
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(synthetic.classes))}
     columns: dict[str, Any] = {

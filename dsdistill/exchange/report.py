@@ -1,5 +1,7 @@
 """What an export wrote and lost."""
 
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -7,6 +9,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from dsdistill.synthetic import SyntheticDataset
+
+logger = logging.getLogger("dsdistill")
 
 
 class Export(NamedTuple):
@@ -33,3 +37,18 @@ def eight_bits(synthetic: "SyntheticDataset", path: Path) -> tuple[Tensor, Expor
         clipped=float(((unit - inside).abs() > 1e-6).float().mean()),  # 0 may come back as -1e-8
         rounding=float((pixels.float() / 255 - inside).abs().max()),
     )
+
+
+def shown_learned(learned: Mapping[str, Tensor]) -> list[str]:
+    """Learned tensors in words: a single number by its value ("lr = 0.01854"), others by their shape."""
+    return [
+        f"{name} = {tensor.item():.4g}" if tensor.numel() == 1 else f"{name} of shape {tuple(tensor.shape)}"
+        for name, tensor in learned.items()
+    ]
+
+
+def warn_of_learned(synthetic: "SyntheticDataset", path: Path, kept: Collection[str] = ()) -> None:
+    """Say which learned tensors, but for those called ``kept``, a format has no place for."""
+    lost = shown_learned({name: tensor for name, tensor in synthetic.learned.items() if name not in kept})
+    if lost:
+        logger.warning("%s: this format has no place for the learned %s; the set keeps it", path, ", ".join(lost))

@@ -93,7 +93,7 @@ def train_experts(
         except Stopped as error:
             shelf = shelf_of(run, experts, network)[1]
             done = sum(shelf.reached(index) or 0 for index in range(experts.count))
-            raise Stopped(error.signum, done, Path(shelf.place)) from None
+            raise Stopped(error.signum, done, Path(shelf.place), error.kept) from None
 
 
 def estimate_experts(
@@ -143,6 +143,8 @@ def _run(
     require_instance("experts", experts, Experts, "which ones: dd.experts.Experts(count=10)")
     require_instance("network", network, NetworkSpec, "what they are: dd.networks.NetworkSpec()")
     resolved = resolve_device(device)
+    if store is not None:
+        storage.require_folder(Path(store), storage.STORE)
     # What every method that follows them needs: nobody should train for hours what is then refused.
     network.require(("second-order", "deterministic"), source.shape, source.num_classes)
     settle_allocator(resolved)

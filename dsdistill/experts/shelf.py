@@ -157,7 +157,7 @@ class FolderShelf(Shelf):
 
     @contextmanager
     def reserved(self, give_way: Callable[[], None]) -> Iterator[None]:
-        with reserved_folder(self.folder, give_way, "these experts"):
+        with reserved_folder(self.folder, give_way, "these experts", storage.STORE):
             self._describe()
             yield
 
@@ -175,18 +175,21 @@ class FolderShelf(Shelf):
 
 
 @contextmanager
-def reserved_folder(folder: Path, give_way: Callable[[], None], what: str) -> Iterator[None]:
+def reserved_folder(
+    folder: Path, give_way: Callable[[], None], what: str, role: str = "an output folder"
+) -> Iterator[None]:
     """Nobody else trains ``what`` is kept in a folder meanwhile; what killed writers left there is swept away.
 
     Args:
         folder: made if needed.
         give_way: called from time to time while another process works there; raises to end the wait.
         what: for messages.
+        role: what the folder is, with its article, for the same.
 
     Raises:
         OutputConflict: the folder cannot be written.
     """
-    storage.ensure_writable(folder)
+    storage.ensure_writable(folder, role)
     lock, told = filelock.FileLock(folder / "lock"), False
     while True:
         give_way()

@@ -1,6 +1,7 @@
 """Trajectories of experts: trained on the real images of a run once, and found by every other that wants the same."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dsdistill.core.config import settings_digest, to_dict, validate
 from dsdistill.engine import Run, Shared
-from dsdistill.errors import InvalidSetting
+from dsdistill.errors import InvalidSetting, Stopped
 from dsdistill.experts.base import ExpertTraining
 from dsdistill.experts.growth import Growth
 from dsdistill.experts.plain import PlainTraining
@@ -96,8 +97,11 @@ class Trajectories:
             if run.shared.rehearsal is not None:
                 self._line = growth.rehearse(self._missing())
             else:
-                with self._shelf.reserved(run.shared.give_way):
+                with self._told_if_stopped(), self._shelf.reserved(run.shared.give_way):
                     growth.train(self._missing())  # asked again: who held the lock may have made them
+
+    def __repr__(self) -> str:
+        return f"Trajectories({self.count} experts of {self.epochs} epochs, in {self.folder or 'memory'})"
 
     @classmethod
     def of(cls, run: Run, experts: Experts, spec: NetworkSpec, epochs: int) -> "Trajectories":
@@ -128,6 +132,18 @@ class Trajectories:
     def nbytes(self) -> int:
         """Bytes of all experts, on the disk where they are kept there."""
         return sum(map(self._shelf.nbytes, range(self.count)))
+
+    @contextmanager
+    def _told_if_stopped(self) -> Iterator[None]:
+        """What is kept of experts lies elsewhere than the state of a run: say where, and how much it is."""
+        try:
+            yield
+        except Stopped as error:
+            if self.folder is None:
+                raise
+            done = sum(self._shelf.reached(index) or 0 for index in range(self.count))
+            kept = f"{done} epochs of experts, kept in {self.folder}"
+            raise Stopped(error.signum, error.iteration, error.path, kept) from None
 
     def _whole(self, index: int) -> bool:
         reached = self._shelf.reached(index)

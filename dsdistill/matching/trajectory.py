@@ -10,6 +10,7 @@ L = 1 is a student that stands still. What FTD, AST and DATM change is in their 
 `dsdistill.experts`, the derivative of the unroll in `dsdistill.networks.functional`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -30,6 +31,7 @@ from dsdistill.networks.rules import SGD, Rule
 from dsdistill.parameterizations import Parameterization, places_of
 from dsdistill.synthetic import SyntheticDataset
 
+logger = logging.getLogger("dsdistill")
 _PLAIN = SGD()
 
 
@@ -163,6 +165,11 @@ class TrajectoryMatching(PerClass):
         """The last epoch of experts that is looked at."""
         return self.max_start_epoch - 1 + self.expert_epochs
 
+    @property
+    def student_momentum(self) -> float:
+        """Momentum of the student's steps."""
+        return 0.0
+
     def check(self, source: ImageSource) -> None:
         """Refuse windows that experts do not reach, a single class, and what `PerClass.check` refuses.
 
@@ -187,6 +194,15 @@ class TrajectoryMatching(PerClass):
             )
 
     def prepare(self, run: Run) -> None:
+        """Find or train the experts; says so where students cannot follow them by the steps that they make."""
+        momentum = self.experts.training.momentum
+        if momentum != self.student_momentum and run.shared.rehearsal is None:  # which prepares several times
+            logger.warning(
+                "%s: experts.training.momentum = %g, and the student's momentum is %g: it can hardly follow them",
+                type(self).__name__,
+                momentum,
+                self.student_momentum,
+            )
         self.trajectories(run)
 
     def trajectories(self, run: Run) -> Trajectories:

@@ -46,6 +46,7 @@ from dsdistill.selection import class_outputs, pick
 
 _README = "README of the authors' code; images loaded with zca='unit'"
 _SCRIPTS = "scripts of the authors' code, which leave open what experts they had"
+_SCRIPTS_100 = f"{_SCRIPTS}; images standardised with the mean and deviation of CIFAR-10, see docs/methods/ast.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,10 @@ class AST(TrajectoryMatching):
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "cifar100/ipc1": Preset(_README, published(1, 20, 20, 1000.0, 1e-5, expert_epochs=3)),
-        "cifar100/ipc1/script": Preset(_SCRIPTS, published(1, 40, 15, 100.0, 1e-5, expert_epochs=3, balance=False)),
-        "cifar100/ipc10": Preset(_SCRIPTS, published(10, 20, 30, 1000.0, 1e-5, balance=False, batch_size=128)),
+        "cifar100/ipc1/script": Preset(_SCRIPTS_100, published(1, 40, 15, 100.0, 1e-5, expert_epochs=3, balance=False)),
+        "cifar100/ipc10": Preset(_SCRIPTS_100, published(10, 20, 30, 1000.0, 1e-5, balance=False, batch_size=128)),
         "cifar100/ipc50": Preset(
-            _SCRIPTS,
+            _SCRIPTS_100,
             published(50, 80, 40, 1000.0, 1e-5, balance=False, perturbation=0.0, intermediate="none", batch_size=700),
         ),
         "cifar10/ipc10": Preset(
@@ -82,6 +83,11 @@ class AST(TrajectoryMatching):
     """Weights w_j of the epochs on the way: 1, j/M, or 0 for all but the last."""
     perturbation: Annotated[float, Ge(0)] = 1.0
     """a, size of the noise on the weights that a student starts from; 0 for none."""
+
+    @property
+    def student_momentum(self) -> float:
+        """Momentum of the student's steps."""
+        return self.momentum_student
 
     def check(self, source: ImageSource) -> None:
         """Refuse a student with fewer steps than stops, and what `TrajectoryMatching.check` refuses.
@@ -122,7 +128,7 @@ class AST(TrajectoryMatching):
 
         factor = balance(segment.epoch, self.max_start_epoch) if self.balance else 1.0
         found = self.follow(
-            run, state, iteration, start, Outer(loss, stops), rule=SGD(momentum=self.momentum_student), factor=factor
+            run, state, iteration, start, Outer(loss, stops), rule=SGD(momentum=self.student_momentum), factor=factor
         )
         self.update(state)
         return {**self.told(state, segment, found), "distance": at_last[0]}  # the loss of other trajectory methods

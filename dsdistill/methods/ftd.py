@@ -19,6 +19,7 @@ trained on the others; here networks are always fresh. At IPC 1 (d = 0.9999) the
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -33,6 +34,7 @@ from dsdistill.matching.trajectory import TrajectoryMatching, distance, publishe
 from dsdistill.networks import Outer
 from dsdistill.synthetic import SyntheticDataset
 
+logger = logging.getLogger("dsdistill")
 _TABLE = "table of hyper-parameters of the authors' code"
 _WHITE = f"{_TABLE}; images loaded with zca='unit', as by its command"
 _WHITE_AS_MTT = f"{_TABLE}; images loaded with zca='unit', which it leaves open, as for MTT"
@@ -74,6 +76,19 @@ class FTD(TrajectoryMatching):
     """d, decay of the moving average of the images; it reaches back 1 / (1 − d) steps."""
     store: Literal["average", "last"] = "average"
     """Which images the set holds: their moving average, or those of the last step."""
+
+    def prepare(self, run: Run) -> None:
+        """As in `TrajectoryMatching`; says so where the moving average hardly leaves the images it starts from."""
+        start = self.average**self.iterations
+        if self.store == "average" and start > 0.5 and run.shared.rehearsal is None:  # which prepares several times
+            logger.warning(
+                "FTD.average = %g: after %d iterations, %.0f %% of each stored image is the one it started from: lower "
+                "it, or store='last'",
+                self.average,
+                self.iterations,
+                100 * start,
+            )
+        super().prepare(run)
 
     def start(self, run: Run, job: Job) -> State:
         state = self.begin(run, *self.random_real(run))

@@ -26,7 +26,7 @@ from dsdistill.networks import Outer
 
 _TABLE = "table of hyper-parameters of the authors' code"
 _ZCA = f"{_TABLE}; images loaded with zca='unit'"
-
+_AS_CIFAR10 = f"{_TABLE}; images standardised with the mean and deviation of CIFAR-10, see docs/methods/mtt.md"
 
 _TESLA: dict[str, Any] = {"backward": "truncated", "iterations": 10_000}
 _SUBSETS = ("nette", "woof", "fruit", "meow", "squawk", "yellow")
@@ -46,7 +46,7 @@ class MTT(TrajectoryMatching):
         ),
         "cifar10/ipc50": Preset(_TABLE, published(50, 30, 40, 1000.0, 1e-5, lr_student=0.001)),
         "cifar100/ipc1": Preset(_ZCA, published(1, 20, 20, 1000.0, 1e-5, expert_epochs=3)),
-        "cifar100/ipc10": Preset(_TABLE, published(10, 20, 20, 1000.0, 1e-5)),
+        "cifar100/ipc10": Preset(_AS_CIFAR10, published(10, 20, 20, 1000.0, 1e-5)),
         "cifar100/ipc50": Preset(_ZCA, published(50, 80, 40, 1000.0, 1e-5, batch_size=125)),
         "tiny_imagenet/ipc1": Preset(_TABLE, published(1, 10, 10, 10_000.0, 1e-4)),
         "tiny_imagenet/ipc10": Preset(_TABLE, published(10, 20, 40, 10_000.0, 1e-4, batch_size=200)),

@@ -1,7 +1,7 @@
 """Batch normalisation in plain operations, for derivatives that the library's own kernel gets wrong.
 
 The library's derivative of batch normalisation along a direction is right, but the gradient of that derivative in the
-maps is not: it takes the statistics of the batch for constants in places (seen in torch 2.15, errors of 4 to 30 %).
+maps is not: it takes the statistics of the batch for constants in places (seen in torch 2.14, errors of 4 to 30 %).
 Reverse mode twice is right.
 """
 

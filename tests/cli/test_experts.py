@@ -99,7 +99,9 @@ def test_a_stopped_command_continues(images, tmp_path, capsys, begun, monkeypatc
     monkeypatch.setattr(Trainer, "epoch", signalled)
     command = ["experts", "--data", images, *FEW, "--store", tmp_path]
     assert run(*command) == 143
-    assert "Run the same command again to continue" in capsys.readouterr().err
+    (folder,) = (tmp_path / "experts").iterdir()
+    said = capsys.readouterr().err
+    assert f"after 3 epochs of experts, kept in {folder}. Run the same command again to continue" in said
     assert answer(capsys, *command)["epochs"] == 2
     assert begun == [0, 0, 1, 1]
 
@@ -132,3 +134,33 @@ def test_a_method_finds_its_experts_in_the_store(images, tmp_path, capsys):
     assert cost["store"] == 0
     assert run(*method, "--out", tmp_path / "next", "--dry-run") == 0
     assert "  store   0.0 MiB of experts, kept for other runs" in capsys.readouterr().out  # not in the cache folder
+
+
+def test_stopped_while_experts_are_trained_it_says_what_is_kept_and_where(images, tmp_path, capsys, monkeypatch):
+    epoch = Trainer.epoch
+
+    def signalled(self, experts, pace, **more):
+        epoch(self, experts, pace, **more)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "epoch", signalled)
+    method = ["synthesize", "--data", images, "--method", f"{__name__}.Follows", "--method.ipc", "1", "--device", "cpu"]
+    assert run(*method, "--out", tmp_path / "out", "--store", tmp_path / "store") == 130
+    (folder,) = (tmp_path / "store" / "experts").iterdir()
+    said = capsys.readouterr().err
+    assert f"stopped by SIGINT after 1 epochs of experts, kept in {folder}. Run the same command again" in said
+
+
+@pytest.mark.parametrize("below", [".", "below/it"])
+@pytest.mark.parametrize("verb", ["synthesize", "experts"])
+def test_a_store_that_is_a_file_is_refused_before_anything_is_made(verb, below, images, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    options = ["--data", images, "--store", tmp_path / "file" / below]
+    if verb == "synthesize":
+        options += ["--method", f"{__name__}.Follows", "--method.ipc", "1", "--out", tmp_path / "out"]
+    before = sorted(tmp_path.iterdir())
+    for dry_run in ([], ["--dry-run"]):
+        assert run(verb, *options, *dry_run) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path / 'file'}: is a file, a folder of what runs share (--store) is needed" in said
+    assert sorted(tmp_path.iterdir()) == before

@@ -144,3 +144,23 @@ def test_the_network_to_be_tested_may_be_selected(images, saved, capsys):
     assert run("evaluate", saved, *options, "--network", "mlp", "--selection", "validation", "--json") == 0
     protocol = json.loads(capsys.readouterr().out)["protocol"]
     assert (protocol["selection"], protocol["network"]["name"]) == ("validation", "mlp")
+
+
+FOLLOWED = ["--method.iterations", 1, "--method.student_steps", 1, "--method.max_start_epoch", 1, "--device", "cpu"]
+EXPERTS = ["--method.expert_epochs", 1, "--method.experts.count", 1, "--method.experts.training.batch_size", 4]
+
+
+@pytest.mark.parametrize(("method", "protocol"), [("MTT", "mtt"), ("DATM", "datm"), ("RandomReal", None)])
+def test_a_learned_step_size_is_shown_and_asks_for_its_protocol(method, protocol, images, tmp_path, capsys):
+    options = [] if protocol is None else [*NETWORK, *FOLLOWED, *EXPERTS]
+    command = ["synthesize", "--data", images, "--method", method, "--method.ipc", 1, *options]
+    assert run(*command, "--out", tmp_path / "out", "--store", tmp_path / "store") == 0
+    hint = capsys.readouterr().out.partition("score it with: ")[2].split()
+    assert hint[hint.index("--protocol") + 1] == protocol if protocol else "--protocol" not in hint
+    learned = {name: tensor.item() for name, tensor in SyntheticDataset.load(tmp_path / "out").learned.items()}
+    assert run("inspect", tmp_path / "out") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("learned")]
+    assert lines == [f"learned        lr = {value:.4g}" for value in learned.values()]
+    assert run("inspect", tmp_path / "out", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["learned"] == learned
+    assert set(learned) == ({"lr"} if protocol else set())

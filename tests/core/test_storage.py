@@ -119,6 +119,16 @@ def test_an_unwritable_place_is_refused(tmp_path):
         storage.ensure_writable(tmp_path / "file" / "below")
 
 
+def test_a_path_that_can_be_no_folder_is_told_without_making_one(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(OutputConflict, match="file: is a file, a shelf is needed"):
+            storage.require_folder(path, "a shelf")
+    for path in (tmp_path, tmp_path / "new" / "one"):
+        storage.require_folder(path, "a shelf")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats() | st.text(max_size=5)
 tensors = st.lists(st.floats(width=32, allow_nan=False), max_size=3).map(torch.tensor)
 keys = st.text(max_size=4) | st.integers(0, 9)

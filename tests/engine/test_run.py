@@ -246,6 +246,15 @@ def test_a_nan_in_the_images_is_noticed_even_if_the_loss_is_finite(source):
     assert bool(torch.isfinite(caught.value.last_good.tensors()[0]).all())
 
 
+def test_a_learned_step_size_that_diverges_is_not_blamed_on_the_images(source):
+    class Astray(Wander):
+        def step(self, run, state, iteration):
+            return {**super().step(run, state, iteration), "lr": torch.tensor(torch.inf)}
+
+    with pytest.raises(Diverged, match=r"lr is not finite\..* Lower lr_student or lr_lr\.$"):
+        synthesize(Astray(), source)
+
+
 def test_dm_with_an_absurd_step_size_diverges_cleanly(source, method):
     with pytest.raises(Diverged, match="Lower the learning rate"):
         synthesize(replace(method, lr_images=1e38, iterations=50, network=NetworkSpec(width=8, norm="none")), source)

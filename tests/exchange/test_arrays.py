@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,6 +61,32 @@ def test_parquet_is_a_data_set_of_hugging_face(labels, tmp_path):
     assert (report.images, report.rounding > 0) == (9, True)
     if labels == "soft":
         assert table[0]["probabilities"] == pytest.approx(synthetic.tensors()[1][0].tolist())
+
+
+def test_parquet_labels_are_the_classes_that_images_were_made_for(tmp_path, caplog):
+    datasets = pytest.importorskip("datasets", reason="the extra hub is not installed")
+    hard = made()
+    swayed = SoftLabels(torch.tensor([[0.0, 5.0, 0.0], [0.0, 5.0, 0.0], [5.0, 0.0, 0.0]]), hard.labels.classes)
+    synthetic = replace(hard, labels=swayed, learned={"lr": torch.tensor(0.5)})
+    synthetic.export(tmp_path / "set.parquet", "parquet")
+    table = datasets.Dataset.from_parquet(str(tmp_path / "set.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert table["label"] == hard.targets == [0, 2, 0, 2, 0, 2, 0, 2, 1]
+    assert np.argmax(table["probabilities"], 1).tolist() == [1, 0, 1, 0, 1, 0, 1, 0, 1]
+    assert "no place for the learned lr = 0.5" in caplog.text
+
+
+def test_arrays_carry_the_learned_step_size_and_say_what_else_they_lose(tmp_path, caplog):
+    synthetic = replace(made(), learned={"lr": torch.tensor(0.0185)})
+    synthetic.export(tmp_path / "x.npz", "npz")
+    synthetic.export(tmp_path / "pt", "pt")
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert (arrays["lr"].shape, arrays["lr"].dtype) == ((), np.float32)
+        assert float(arrays["lr"]) == pytest.approx(0.0185)
+    assert torch.load(tmp_path / "pt" / "lr.pt", weights_only=True) == torch.tensor(0.0185)
+    assert not caplog.records
+    for format in ("npz", "pt"):
+        replace(made(), learned={"lr": torch.tensor(0.5), "m": torch.zeros(2)}).export(tmp_path / f"m-{format}", format)
+    assert caplog.text.count("no place for the learned m of shape (2,)") == 2
 
 
 def test_parquet_without_its_library_names_the_extra(tmp_path, monkeypatch):

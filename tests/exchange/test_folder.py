@@ -1,4 +1,5 @@
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dsdistill import SyntheticDataset, data
 from dsdistill.data import Normalization
 from dsdistill.errors import DistillError, InvalidSetting, OutputConflict
 from dsdistill.exchange import folder as folder_module
-from dsdistill.labels import HardLabels
+from dsdistill.labels import HardLabels, SoftLabels
 from dsdistill.parameterizations import Pixels
 from dsdistill.recipe import Recipe
 
@@ -223,6 +224,27 @@ def test_our_own_loader_reads_the_folder(shape, tmp_path):
     read = torch.cat([source.images, source.test.images])
     for image in expected:
         assert int((read == image).flatten(1).all(1).sum()) == 1
+
+
+def test_each_image_lies_under_the_class_it_was_made_for_whatever_label_it_learned(tmp_path, caplog):
+    made = make()
+    swayed = torch.tensor([[5.0, 0.0], [0.0, 5.0], [5.0, 0.0], [0.0, 5.0]])  # the second and the third went over
+    made = replace(made, labels=SoftLabels(swayed, made.labels.classes))
+    made.export(tmp_path / "out")
+    assert [name for name, _ in pngs(tmp_path / "out")] == ["a", "a", "b", "b"]
+    assert "each image lies under the class it was made for" in caplog.text
+
+
+def test_a_folder_says_which_learned_tensors_it_loses(tmp_path, caplog):
+    learned = {"lr": torch.tensor(0.018543), "table": torch.zeros(2, 3)}
+    replace(make(), learned=learned).export(tmp_path / "out")
+    assert (
+        "out: this format has no place for the learned lr = 0.01854, table of shape (2, 3); the set keeps"
+        in caplog.text
+    )
+    caplog.clear()
+    make().export(tmp_path / "plain")
+    assert not caplog.records
 
 
 # npz ---------------------------------------------------------------------------------------------------------

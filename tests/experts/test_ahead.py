@@ -64,7 +64,7 @@ def test_a_signal_ends_it_and_the_same_call_continues(source, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "epoch", signalled)
-    with pytest.raises(Stopped, match=r"stopped by SIGTERM after 4 iterations; state saved in .*experts") as caught:
+    with pytest.raises(Stopped, match=r"stopped by SIGTERM after 4 epochs of experts, kept in .*experts") as caught:
         train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")
     assert caught.value.exit_code == 143
     made = train_experts(source, EXPERTS, SMALL, store=tmp_path, device="cpu")

@@ -73,6 +73,7 @@ def test_snapshots_are_those_before_training_and_after_each_epoch(kept, source, 
         assert torch.equal(made.snapshots(index, [2, 0]), found[[2, 0]])
     assert not torch.equal(made.snapshots(0, [0]), made.snapshots(1, [0]))
     assert (made.folder is None) != kept
+    assert repr(made) == f"Trajectories(2 experts of 3 epochs, in {made.folder or 'memory'})"
     assert list(tmp_path.iterdir()) == ([tmp_path / "experts"] if kept else [])
 
 

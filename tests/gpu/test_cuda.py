@@ -127,7 +127,7 @@ def test_every_method_runs_and_continues_on_the_device(name, source, tmp_path):
     torch.testing.assert_close(resumed.tensors()[0], whole.tensors()[0], rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("base", ["DataDAM", "DC", "DSA", "IDC", "NCFM"])
+@pytest.mark.parametrize("base", ["DataDAM", "DC", "DSA", "IDC", "MTT", "NCFM"])
 def test_wrapped_methods_run_on_the_device(base, source):
     assert torch.isfinite(synthesize(FYI(base=CASES[base]), source, device=CUDA).tensors()[0]).all()
 

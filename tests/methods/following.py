@@ -6,6 +6,7 @@ from operator import attrgetter
 import torch
 from torch import nn
 
+from dsdistill.augmentations import Siamese
 from dsdistill.matching.trajectory import mini_batches
 
 
@@ -47,6 +48,47 @@ def followed(method, run, state, iteration, start, *, momentum=0.0, factor=1.0):
     return path, images, targets, rate
 
 
+def stepped_by_hand(method, run, state, iterations):
+    """What a method with one stop learns in so many steps, after each: pixels, r of the step size, logits of labels.
+
+    Gradients are those of `followed`; the optimisers are torch's, with the momenta that the papers name. The state is
+    used up.
+    """
+    learned = [next(state.images.parameters()), state.extras["lr"].raw, *state.labels.parameters()]
+    rates, momenta = (method.lr_images, method.lr_lr, method.lr_labels), (0.5, 0.5, 0.9)
+    optimizers = [
+        torch.optim.SGD([parameter], lr=lr, momentum=momentum)
+        for parameter, lr, momentum in zip(learned, rates, momenta, strict=True)
+    ]
+    for iteration in range(iterations):
+        segment = method.segment(run, iteration)
+        start, target = segment.after(0, method.expert_epochs)
+        path, images, targets, rate = followed(method, run, state, iteration, start)
+        found = torch.autograd.grad(gap(path[-1], start, target), (images, targets, rate))
+        decoded, owner = state.images.decode()
+        made = decoded, state.labels.target(owner), state.extras["lr"]()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        torch.autograd.backward(made, [gradient.float() for gradient in found])
+        for optimizer in optimizers:
+            optimizer.step()
+        yield [parameter.detach().clone() for parameter in learned]
+
+
+def compare_by_hand(method, run, iterations, begin):
+    """A method must learn what `stepped_by_hand` does, in each of so many steps, to single precision."""
+    state, twin = begin(method, run), begin(method, run)
+    learned = [next(state.images.parameters()), state.extras["lr"].raw, *state.labels.parameters()]
+    before = [parameter.detach().clone() for parameter in learned]
+    for iteration, wanted in enumerate(stepped_by_hand(method, run, twin, iterations)):
+        method.step(run, state, iteration)
+        for found, expected, old in zip(learned, wanted, before, strict=True):
+            moved = float((expected - old).norm())
+            assert moved > 0
+            assert float((found.detach() - expected).norm()) < 2e-3 * moved
+        before = wanted
+
+
 def gap(end, start, target):
     """The normalised distance of two vectors."""
     return ((end - target.double()) ** 2).sum() / ((start.double() - target.double()) ** 2).sum()
@@ -77,5 +119,6 @@ def table_of(method, *more):
         told = {column.split(".")[0] for column in columns}
         assert set(preset.settings) <= told, name
         assert made.last_epoch <= made.experts.training.epochs, name
+        assert made.augmentation == made.experts.training.augmentation == Siamese(), name
         found[name] = (*attrgetter(*columns)(made), "zca='unit'" in preset.source)
     return found

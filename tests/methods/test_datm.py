@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from methods.following import table_of
+from methods.following import compare_by_hand, table_of
 from methods.stepping import begin, run_of
 
 from dsdistill import synthesize
@@ -203,6 +203,7 @@ def test_every_label_starts_with_its_class_on_top(source):
     state = begin(METHOD, run_of(source))
     assert isinstance(state.labels, SoftLabels)
     assert state.labels.logits.argmax(1).tolist() == [0, 0, 1, 1, 2, 2]
+    assert bool(torch.isfinite(state.labels.logits).all())
 
 
 def test_random_start_takes_the_logits_of_one_expert(source):
@@ -213,6 +214,11 @@ def test_random_start_takes_the_logits_of_one_expert(source):
     images = state.images.decode().images
     expected = trajectories.network(trajectories.snapshots(0, [method.last_epoch])[0], images)
     assert torch.allclose(state.labels.logits, expected, atol=1e-5)
+
+
+def test_a_step_equals_the_formula(source):
+    method = replace(METHOD, lr_labels=20.0, lr_lr=1e-3, batch_size=4)
+    compare_by_hand(method, run_of(source), 2, begin)
 
 
 def test_above_the_guard_nothing_moves(source):
@@ -255,6 +261,15 @@ def test_a_run_that_only_skips_is_stopped(source):
 @pytest.mark.parametrize("changes", [{"init": "random"}, {"labels": "hard"}, {"form": Tiled(factor=2)}], ids=str)
 def test_datm_keeps_the_contract_in_its_variants(changes):
     assert len(check_synthesizer(replace(METHOD, **changes))) == 9
+
+
+def test_settings_by_default():
+    method = DATM()
+    assert (method.iterations, method.student_steps, method.guard, method.patience) == (10_000, 80, 1.0, 200)
+    assert (method.lr_labels, method.momentum_labels, method.labels) == (2.0, 0.9, "soft")
+    training = method.experts.training
+    assert (training.epochs, training.rho, training.alpha, training.adaptive) == (100, 0.01, 0.3, True)
+    assert (training.lr, training.batch_size, training.momentum, training.weight_decay) == (0.01, 256, 0, 0)
 
 
 def test_presets_are_those_of_the_authors():

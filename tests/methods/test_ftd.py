@@ -39,6 +39,30 @@ def test_the_average_follows_the_images(source):
     assert not torch.allclose(expected, state.images.pixels, atol=1e-4)
 
 
+@pytest.mark.parametrize(("decay", "left"), [(0.9999, 0.6065), (0.9995, 0.0820), (0.999, 0.00672), (0.995, 1.3e-11)])
+def test_what_is_left_of_the_start_after_5000_steps(decay, left):
+    from dsdistill.methods.ftd import _follow_slowly
+
+    slow, fast = (torch.nn.Linear(1, 1, bias=False).double() for _ in range(2))
+    slow.weight.data.fill_(1)
+    fast.weight.data.fill_(0)
+    for _ in range(5000):
+        _follow_slowly(slow, fast, decay)
+    assert slow.weight.item() == pytest.approx(left, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"average": 0.9}, True), ({"average": 0.8}, False), ({"average": 0.99, "store": "last"}, False)],
+    ids=str,
+)
+def test_a_run_too_short_for_its_average_is_warned_of(changes, told, source, caplog):
+    replace(METHOD, **changes).prepare(run_of(source))  # 0.9**5 = 0.59, 0.8**5 = 0.33
+    message = "FTD.average = 0.9: after 5 iterations, 59 % of each stored image is the one it started from"
+    assert (message in caplog.text) is told
+    assert bool(caplog.records) is told
+
+
 def test_the_average_of_images_that_stand_still_has_a_closed_form():
     from dsdistill.methods.ftd import _follow_slowly
 
@@ -79,6 +103,13 @@ def test_the_average_is_stored_under_fyi_too(source, store):
     stored = made.images.base if store == "pairs" else made.images
     assert isinstance(made.images, Mirrored) is (store == "pairs")
     assert torch.equal(stored.pixels.detach(), state.extras["average"].pixels)
+
+
+def test_settings_by_default():
+    method = FTD()
+    training = method.experts.training
+    assert (method.average, method.store, training.rho, training.alpha) == (0.9995, "average", 0.01, 1.0)
+    assert (training.adaptive, training.lr, training.epochs, training.batch_size) == (True, 0.01, 50, 256)
 
 
 def test_presets_are_those_of_the_authors():

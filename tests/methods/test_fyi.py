@@ -13,7 +13,8 @@ from dsdistill import synthesize
 from dsdistill.cli.main import main
 from dsdistill.core.config import from_dict, to_dict
 from dsdistill.errors import InvalidSetting, UnknownName
-from dsdistill.methods import DC, DM, DSA, FYI, IDC, NCFM, DataDAM, RandomReal
+from dsdistill.experts import Experts, PlainTraining
+from dsdistill.methods import DC, DM, DSA, FYI, IDC, MTT, NCFM, DataDAM, RandomReal
 from dsdistill.networks import NetworkSpec
 from dsdistill.parameterizations import Plain, Tiled
 from dsdistill.testing import check_synthesizer
@@ -28,6 +29,16 @@ BASES = {
     "DataDAM": DataDAM(**SIZES, augmentation=None),
     "DC": DC(**SIZES, outer_loop=2, inner_epochs=1),
     "DSA": DSA(**SIZES, outer_loop=2, inner_epochs=1, augmentation=None),
+    "MTT": MTT(
+        ipc=2,
+        iterations=2,
+        student_steps=3,
+        max_start_epoch=2,
+        lr_images=5.0,
+        augmentation=None,
+        network=SMALL,
+        experts=Experts(count=2, training=PlainTraining(epochs=3, batch_size=12)),
+    ),
     "NCFM": NCFM(**SIZES, augmentation=None, frequencies=16, networks=1, pretraining=TrainingRecipe(epochs=1)),
     "IDC": IDC(**SIZES, augmentation=None, inner_steps=2, trained_on=8),
 }
@@ -62,7 +73,7 @@ def test_a_stored_image_may_be_replaced_by_its_mirror_image(name, source):
     assert float((moved - gradient).abs().max()) > 1e-2 * float(gradient.abs().max())
 
 
-@pytest.mark.parametrize("name", ["DM", "DataDAM", "DC", "DSA"])
+@pytest.mark.parametrize("name", ["DM", "DataDAM", "DC", "DSA", "MTT"])
 def test_images_that_are_their_own_mirror_images_are_matched_as_the_base_does(name, source):
     base, run = BASES[name], run_of(source)
 

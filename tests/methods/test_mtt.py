@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from methods.following import followed, gap, table_of
+from methods.following import compare_by_hand, followed, gap, table_of
 from methods.stepping import begin, run_of
 
 from dsdistill import synthesize
 from dsdistill.augmentations import Siamese
+from dsdistill.core.config import to_dict
 from dsdistill.data import ImageSource
 from dsdistill.experts import Experts, PlainTraining
 from dsdistill.methods import FYI, MTT
@@ -77,6 +78,11 @@ def test_a_step_moves_pixels_and_step_size_against_their_gradients(source):
     assert told["lr"].item() == state.extras["lr"]().item()
 
 
+def test_steps_are_those_of_sgd_on_images_step_size_and_labels(source):
+    method = replace(VIEWED, labels="soft", lr_images=1.0, lr_labels=20.0)
+    compare_by_hand(method, run_of(source), 3, begin)
+
+
 def test_the_truncated_gradient_is_another_one_but_for_a_single_step(source):
     for steps, same in ((1, True), (4, False)):
         run, found = run_of(source), []
@@ -131,6 +137,15 @@ def test_flips_are_left_out_where_they_change_the_class(source):
     assert not torch.equal(found[0], plain)
 
 
+def test_mirroring_views_of_images_that_are_their_own_mirror_image_are_the_images(source):
+    flips = Siamese(ops=("flip",))
+    images = torch.randn(40, *source.shape, generator=torch.Generator().manual_seed(0))
+    record = flips.sample(40, source.shape, torch.Generator().manual_seed(1), per="image")
+    assert torch.equal(flips.apply(images + images.flip(3), record), images + images.flip(3))
+    moved = (flips.apply(images, record) != images).flatten(1).any(1)
+    assert 0 < int(moved.sum()) < 40  # the draw does mirror some
+
+
 def test_the_set_carries_its_step_size(source):
     made = synthesize(PLAIN, source, progress=False)
     assert made.learned["lr"].shape == ()
@@ -167,6 +182,47 @@ def test_mtt_keeps_the_contract_in_all_its_variants(changes):
     assert len(check_synthesizer(replace(PLAIN, **changes))) == 9
 
 
+def test_settings_by_default_are_those_of_the_authors():
+    experts = {
+        "type": "Experts",
+        "count": 100,
+        "training": {
+            "type": "PlainTraining",
+            "epochs": 50,
+            "batch_size": 256,
+            "lr": 0.01,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+            "augmentation": to_dict(Siamese()),
+        },
+        "precision": "float32",
+        "seed": 0,
+        "together": None,
+        "compiled": False,
+    }
+    found = to_dict(MTT())
+    wanted = {
+        "iterations": 5000,
+        "student_steps": 30,
+        "expert_epochs": 2,
+        "min_start_epoch": 0,
+        "max_start_epoch": 20,
+        "batch_size": None,
+        "lr_images": 100.0,
+        "momentum": 0.5,
+        "lr_student": 0.01,
+        "lr_lr": 1e-5,
+        "labels": "hard",
+        "lr_labels": 2.0,
+        "momentum_labels": 0.9,
+        "network": to_dict(NetworkSpec("convnet")),
+        "augmentation": to_dict(Siamese(ops=("color", "crop", "cutout", "flip", "scale", "rotate"))),
+        "backward": "sweep",
+    }
+    assert {name: found[name] for name in wanted} == wanted
+    assert {name: value for name, value in found["experts"].items() if name in experts} == experts
+
+
 def test_presets_are_those_of_the_authors():
     subsets = [f"imagenet_{name}" for name in ("nette", "woof", "fruit", "meow", "squawk", "yellow")]
     assert table_of(MTT, "backward") == {
@@ -184,3 +240,16 @@ def test_presets_are_those_of_the_authors():
         "cifar10/ipc1/tesla": (1, 50, 2, 5, None, 1000, 1e-7, 0.01, 10_000, "truncated", False),
         "cifar100/ipc50/tesla": (50, 80, 2, 40, 125, 1000, 1e-5, 0.01, 10_000, "truncated", True),
     }
+
+
+@pytest.mark.parametrize(("name", "told"), [("cifar100/ipc10", True), ("cifar10/ipc50", False)])
+def test_presets_say_where_images_were_standardised_otherwise(name, told):
+    assert ("mean and deviation of CIFAR-10" in MTT.presets[name].source) is told
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_experts_with_a_momentum_that_students_lack_are_warned_of(momentum, source, caplog):
+    method = replace(PLAIN, experts=replace(FEW, training=replace(FEW.training, momentum=momentum)))
+    method.prepare(run_of(source))
+    told = "MTT: experts.training.momentum = 0.9, and the student's momentum is 0: it can hardly follow them"
+    assert (told in caplog.text) is (momentum > 0)
