@@ -14,6 +14,8 @@ from dsdistill.errors import InvalidSetting
 
 if TYPE_CHECKING:
     from dsdistill.methods.ast import AST
+    from dsdistill.methods.cda import CDA
+    from dsdistill.methods.cvdd import CVDD
     from dsdistill.methods.datadam import DataDAM
     from dsdistill.methods.datm import DATM
     from dsdistill.methods.dc import DC
@@ -23,14 +25,20 @@ if TYPE_CHECKING:
     from dsdistill.methods.fyi import FYI
     from dsdistill.methods.herding import Herding
     from dsdistill.methods.idc import IDC
+    from dsdistill.methods.infer import INFER
     from dsdistill.methods.kcenter import KCenter
     from dsdistill.methods.kmeans import KMeans
     from dsdistill.methods.mtt import MTT
     from dsdistill.methods.ncfm import NCFM
+    from dsdistill.methods.nrrdd import NRRDD
     from dsdistill.methods.random_real import RandomReal
+    from dsdistill.methods.rded import RDED
+    from dsdistill.methods.sre2l import SRe2L
 
 TABLE = {
     "AST": "dsdistill.methods.ast:AST",
+    "CDA": "dsdistill.methods.cda:CDA",
+    "CVDD": "dsdistill.methods.cvdd:CVDD",
     "DATM": "dsdistill.methods.datm:DATM",
     "DataDAM": "dsdistill.methods.datadam:DataDAM",
     "DC": "dsdistill.methods.dc:DC",
@@ -40,11 +48,15 @@ TABLE = {
     "FYI": "dsdistill.methods.fyi:FYI",
     "Herding": "dsdistill.methods.herding:Herding",
     "IDC": "dsdistill.methods.idc:IDC",
+    "INFER": "dsdistill.methods.infer:INFER",
     "KCenter": "dsdistill.methods.kcenter:KCenter",
     "KMeans": "dsdistill.methods.kmeans:KMeans",
     "MTT": "dsdistill.methods.mtt:MTT",
     "NCFM": "dsdistill.methods.ncfm:NCFM",
+    "NRRDD": "dsdistill.methods.nrrdd:NRRDD",
+    "RDED": "dsdistill.methods.rded:RDED",
     "RandomReal": "dsdistill.methods.random_real:RandomReal",
+    "SRe2L": "dsdistill.methods.sre2l:SRe2L",
 }
 
 _registry: Registry[Synthesizer] = Registry("method", Synthesizer, TABLE, group="dsdistill.methods")  # type: ignore[type-abstract]
@@ -110,6 +122,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "AST",
+    "CDA",
+    "CVDD",
     "DATM",
     "DC",
     "DM",
@@ -117,13 +131,17 @@ __all__ = [
     "FTD",
     "FYI",
     "IDC",
+    "INFER",
     "MTT",
     "NCFM",
+    "NRRDD",
+    "RDED",
     "DataDAM",
     "Herding",
     "KCenter",
     "KMeans",
     "RandomReal",
+    "SRe2L",
     "create_method",
     "get_method",
     "is_method",

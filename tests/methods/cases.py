@@ -1,9 +1,13 @@
 """The smallest settings of every registered method that still do something: a run takes well under a second."""
 
+from dataclasses import replace
+
 from dsdistill.engine import Synthesizer
-from dsdistill.experts import Experts, FlatTraining, PlainTraining, SmoothTraining
+from dsdistill.experts import Experts, FlatTraining, PlainTraining, SmoothTraining, Teachers
 from dsdistill.methods import (
     AST,
+    CDA,
+    CVDD,
     DATM,
     DC,
     DM,
@@ -11,13 +15,17 @@ from dsdistill.methods import (
     FTD,
     FYI,
     IDC,
+    INFER,
     MTT,
     NCFM,
+    NRRDD,
+    RDED,
     DataDAM,
     Herding,
     KCenter,
     KMeans,
     RandomReal,
+    SRe2L,
 )
 from dsdistill.networks import NetworkSpec
 from dsdistill.selection import Extractor
@@ -26,9 +34,15 @@ from dsdistill.training import TrainingRecipe
 SMALL = NetworkSpec(width=4, depth=1)
 BRIEF = Extractor(network=SMALL, training=TrainingRecipe(epochs=1, batch_size=16))
 FOLLOWED = {"ipc": 2, "iterations": 4, "student_steps": 3, "max_start_epoch": 2, "network": SMALL, "lr_images": 5.0}
+TEACHERS = Teachers(
+    networks=(NetworkSpec(width=4, depth=1, norm="batch"),), training=TrainingRecipe(epochs=1, batch_size=16)
+)
+TWO_TEACHERS = replace(TEACHERS, networks=(*TEACHERS.networks, NetworkSpec(width=6, depth=1, norm="batch")))
 
 CASES: dict[str, Synthesizer] = {
     "AST": AST(**FOLLOWED, experts=Experts(count=2, training=SmoothTraining(epochs=3, batch_size=12))),
+    "CDA": CDA(ipc=2, iterations=4, classes_together=2, teachers=TEACHERS),
+    "CVDD": CVDD(ipc=2, iterations=4, voting="equal", teachers=TWO_TEACHERS),
     "DataDAM": DataDAM(ipc=2, iterations=4, real_batch=4, network=NetworkSpec(width=4, depth=2)),
     "DATM": DATM(**FOLLOWED, guard=50.0, experts=Experts(count=2, training=FlatTraining(epochs=3, batch_size=12))),
     "DC": DC(ipc=2, iterations=2, outer_loop=3, inner_epochs=2, real_batch=4, batch_size=4, network=SMALL),
@@ -48,6 +62,7 @@ CASES: dict[str, Synthesizer] = {
         batch_size=6,
         network=SMALL,
     ),
+    "INFER": INFER(ipc=2, iterations=4, teachers=TWO_TEACHERS),
     "KCenter": KCenter(ipc=2, extractor=BRIEF),
     "KMeans": KMeans(ipc=2, extractor=BRIEF),
     "MTT": MTT(**FOLLOWED, experts=Experts(count=2, training=PlainTraining(epochs=3, batch_size=12))),
@@ -61,5 +76,8 @@ CASES: dict[str, Synthesizer] = {
         pretraining=BRIEF.training,
         network=SMALL,
     ),
+    "NRRDD": NRRDD(ipc=2, iterations=4, teachers=TEACHERS),
     "RandomReal": RandomReal(ipc=2),
+    "RDED": RDED(ipc=2, pool=6, crops=2, teachers=TEACHERS),
+    "SRe2L": SRe2L(ipc=2, iterations=4, classes_together=2, problems_together=2, teachers=TEACHERS),
 }
