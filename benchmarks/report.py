@@ -161,6 +161,33 @@ def _taught(result: Json) -> list[list[str]]:
     ]
 
 
+def _scale(result: Json) -> list[list[str]]:
+    rows = [
+        [
+            result["title"] if point is result["points"][0] else "",
+            f"{point['classes']:,} classes",
+            f"{point['recover_peak_mib']:,.0f}",
+            f"{point['label_peak_mib']:,.0f}",
+            f"{point['set_mib']:.1f} + {point['labels_mib']:.1f} MiB",
+            "",
+            f"{point['recover_seconds']:.0f} + {point['label_seconds']:.0f} s",
+        ]
+        for point in result["points"]
+    ]
+    return rows + [
+        [
+            "ImageNet-1K, 300 epochs, ResNet-18 at 224 pixels: projected",
+            f"IPC {one['ipc']}",
+            "",
+            "",
+            f"{one['label_bytes'] / 2**30:.2f} GiB of labels",
+            f"{one['published_gib']:.2f}",
+            f"{one['recover_seconds'] / 86400:,.0f} + {one['label_seconds'] / 86400:,.1f} days",
+        ]
+        for one in result["projections"]
+    ]
+
+
 def _resume(result: Json) -> list[list[str]]:
     late = sum(kill["after_first_step"] for kill in result["kills"])
     outcome = "same bytes as uninterrupted" if result["equal"] else "**different bytes**"
@@ -282,6 +309,13 @@ _TABLES = {
             "seeds x networks",
         ],
         _taught,
+    ),
+    "scale": (
+        "The decoupled line over the number of classes: peak memory in MiB of recovery and of labelling (each in a "
+        "process of its own, imports included), bytes of set and labels; and the real run, projected for the machine at "
+        "hand:",
+        ["what", "size", "recovery", "labelling", "disk", "published GiB", "recovery + labelling"],
+        _scale,
     ),
     "speed": (
         "Seconds, median of n processes, and ratio of paired runs (above 1: dsdistill is faster):",

@@ -554,8 +554,59 @@ class Taught(Record):
         return self
 
 
+class ScalePoint(_Strict):
+    """A run of so many classes. Peaks are of resident memory; the set and its labels are on the disk."""
+
+    classes: Annotated[int, Field(ge=1)]
+    recover_seconds: Positive
+    recover_peak_mib: Positive
+    set_mib: Positive
+    label_seconds: Positive
+    label_peak_mib: Positive
+    labels_mib: Positive
+
+
+class Projection(_Strict):
+    """ImageNet-1K with so many images per class: labels by the format and as published, seconds on one machine."""
+
+    ipc: Annotated[int, Field(ge=1)]
+    label_bytes: Annotated[int, Field(ge=1)]
+    published_gib: Positive
+    recover_seconds: Positive
+    label_seconds: Positive
+
+
+class Scale(Record):
+    """Memory of the decoupled line over the number of classes, and what the real run would take."""
+
+    kind: Literal["scale"] = "scale"
+    settings: dict[str, Any]
+    baseline_mib: Positive
+    points: Annotated[list[ScalePoint], Field(min_length=2)]
+    projections: Annotated[list[Projection], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        counts = [point.classes for point in self.points]
+        if counts != sorted(set(counts)):
+            raise ValueError("points are not in ascending order of their classes")
+        return self
+
+
 AnyResult = (
-    Speed | Quality | Family | Resume | Memory | Estimates | Peak | Together | Sweep | Unroll | Gradients | Taught
+    Speed
+    | Quality
+    | Family
+    | Resume
+    | Memory
+    | Estimates
+    | Peak
+    | Together
+    | Sweep
+    | Unroll
+    | Gradients
+    | Taught
+    | Scale
 )
 Result = Annotated[AnyResult, Field(discriminator="kind")]
 RESULT: TypeAdapter[AnyResult] = TypeAdapter(Result)
