@@ -312,8 +312,8 @@ _TABLES = {
     ),
     "scale": (
         "The decoupled line over the number of classes: peak memory in MiB of recovery and of labelling (each in a "
-        "process of its own, imports included), bytes of set and labels; and the real run, projected for the machine at "
-        "hand:",
+        "process of its own, imports included), bytes of set and labels; and the real run, projected for the machine "
+        "at hand:",
         ["what", "size", "recovery", "labelling", "disk", "published GiB", "recovery + labelling"],
         _scale,
     ),

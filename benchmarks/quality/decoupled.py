@@ -80,15 +80,14 @@ PLANS = {
     "digits": Plan(
         _networks(32, 24, depth=2),
         TrainingRecipe(epochs=30, batch_size=64, lr=0.05, schedule="cosine"),
-        {"crop": False, "shift": 1, "statistics_weight": 0.05},
+        {"crop": False, "shift": 1, "statistics_weight": 0.05, "problems_together": 10},
         replace(
             get_protocol("cvdd"),
             network=NetworkSpec(width=32, depth=2, norm="batch"),
-            epochs=150,
+            epochs=300,
             augmentation=ResizedCrop(scale=(0.5, 1.0)),
             mix=CutMix(probability=0.5),
         ),
-        steps=500,
         seeds=4,
     ),
     "short": Plan(
@@ -96,9 +95,8 @@ PLANS = {
         TrainingRecipe(
             epochs=25, batch_size=64, lr=0.05, schedule="cosine", augmentation=ResizedCrop(scale=(0.5, 1.0))
         ),
-        {"shift": 4, "statistics_weight": 0.05},
-        replace(get_protocol("cvdd"), network=NetworkSpec(width=64, norm="batch"), epochs=150),
-        steps=500,
+        {"shift": 4, "statistics_weight": 0.05, "problems_together": 5},
+        replace(get_protocol("cvdd"), network=NetworkSpec(width=64, norm="batch"), epochs=100),
     ),
 }
 

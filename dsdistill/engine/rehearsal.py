@@ -1,7 +1,7 @@
 """What a run will cost, learned from a rehearsal of its first steps on this very machine."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dsdistill.core.units import shown_duration, shown_size
 from dsdistill.data import ImageSource
 from dsdistill.engine import checkpoint
 from dsdistill.engine.run import Execution, prepared_run
-from dsdistill.engine.shared import Rehearsal
+from dsdistill.engine.shared import Rehearsal, Shared
 from dsdistill.engine.synthesizer import Synthesizer
 
 _SECONDS = 3.0  # a rehearsal that takes less than this makes more steps, so that its clock means something
@@ -83,7 +83,8 @@ def estimate(
         OutOfMemory: the run would not fit, whatever the chunk.
     """
     run = prepared_run(method, source, seed=seed, device=device, chunk=chunk, store=store)
-    jobs = len(method.jobs(run))
+    # Some ask their teachers what passes together; those shall not be trained in full for that.
+    jobs = len(method.jobs(replace(run, shared=Shared(rehearsal=Rehearsal()))))
     execution = Execution(method, run, order=lambda jobs: jobs[:1])
 
     def rehearse(steps: int) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 """One row of a table: what networks are trained on, their training, and what they make of the test split."""
 
 import copy
+import math
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -96,10 +97,10 @@ class Scorer:
         if row == f"synthetic{HARD}":
             images = self.synthetic.tensors()[0].to(self.device)
             return TrainingSet.of(images, torch.tensor(self.synthetic.targets, device=self.device))
-        classes, most = range(real.num_classes), self.synthetic.ipc
-        drawn = real.per_class_indices(classes, most, rng.at("random real"))
-        blocks = torch.split(drawn, real.sizes_per_class(classes, most))
-        index = torch.cat([block[:n] for block, n in zip(blocks, self.synthetic.counts, strict=True)])
+        classes, counts = range(real.num_classes), affordable(self.synthetic)
+        drawn = real.per_class_indices(classes, max(counts), rng.at("random real"))
+        blocks = torch.split(drawn, real.sizes_per_class(classes, max(counts)))
+        index = torch.cat([block[:n] for block, n in zip(blocks, counts, strict=True)])
         return TrainingSet.of(real.gather(index), real.targets[index])
 
     def _trained(self, protocol: EvaluationProtocol, data: list[TrainingSet], rngs: list[Rng]) -> list[nn.Module]:
@@ -163,3 +164,15 @@ class _Best:
         reached = accuracy(confusion(network, self.held, chunk=self.chunk))
         if reached >= self.accuracy:
             self.accuracy, self.state = reached, copy.deepcopy(network.state_dict())
+
+
+def affordable(synthetic: SyntheticDataset) -> tuple[int, ...]:
+    """Real images of each class that take as many pixels as the set stores.
+
+    As many as the set has items; more where a form stores pixels that belong to no single item (the compensators of
+    INFER), which are spread over the classes.
+    """
+    pixels = sum(tensor.numel() for tensor in synthetic.images.tensors().values() if tensor.is_floating_point())
+    spare = pixels // math.prod(synthetic.shape) - synthetic.images.count
+    more = -(-spare // len(synthetic.classes))
+    return tuple(count + max(0, more) for count in synthetic.counts)

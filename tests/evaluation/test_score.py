@@ -606,3 +606,27 @@ def test_arguments_of_another_type_are_told_what_to_be(name, arguments, syntheti
     ]
     with pytest.raises(InvalidSetting, match=rf"{name} = .*(load)"):
         evaluate(*given)
+
+
+def test_random_images_take_the_pixels_that_the_set_stores(source):
+    from dsdistill.evaluation.scorer import affordable
+    from dsdistill.methods import IDC, INFER
+    from dsdistill.parameterizations import Tiled
+
+    made = synthesize(INFER(ipc=4, compensators=0), source)
+    assert affordable(made) == made.counts == (4, 4, 4)
+    tiled = synthesize(IDC(ipc=2, form=Tiled(factor=2), iterations=1, inner_steps=1, trained_on=8), source)
+    assert affordable(tiled) == (2, 2, 2)
+
+
+def test_pixels_that_classes_share_are_paid_for_by_random_images_too():
+    from dsdistill.evaluation.scorer import affordable
+    from dsdistill.parameterizations import Compensated
+
+    anchors, shared = torch.randn(6, 1, 4, 4), torch.zeros(2, 4, 1, 4, 4)
+    form = Compensated(anchors, shared, torch.tensor([0, 0, 0, 1, 1, 1]), low=(-9.0,), high=(9.0,))
+    made = SyntheticDataset.from_tensors(
+        anchors, torch.tensor([0, 1, 2] * 2), normalization=Normalization((0.0,), (1.0,)), classes="abc"
+    )
+    # 6 anchors and 8 compensators: 14 images for 3 classes.
+    assert affordable(replace(made, images=form)) == (5, 5, 5)
