@@ -8,13 +8,13 @@ import torch
 from methods.cases import CASES
 
 from dsdistill import estimate, evaluate, synthesize
-from dsdistill.augmentations import CutMix, Siamese
+from dsdistill.augmentations import CutMix, ResizedCrop, Siamese
 from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Job, Run
 from dsdistill.evaluation import EvaluationProtocol
 from dsdistill.methods import DM, FYI, RandomReal
-from dsdistill.networks import NetworkSpec, embed
+from dsdistill.networks import MeasuredNetwork, NetworkSpec, embed
 from dsdistill.objectives.distribution import class_means, mean_distance
 from dsdistill.parameterizations import Mirrored, Tiled, Tiles
 
@@ -69,6 +69,30 @@ def test_a_step_never_waits_for_the_device(source, method):
         method.step(run, state, 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_crops_of_single_images_are_those_of_the_cpu_to_the_last_bit(source):
+    views = ResizedCrop(shift=2)
+    images = source.gather(torch.arange(36))
+    record = views.sample(36, source.shape, torch.Generator().manual_seed(0), per="image")
+    assert torch.equal(views.apply(images.to(CUDA), record).cpu(), views.apply(images, record))
+
+
+def test_statistics_of_batch_norms_and_their_gradient_are_those_of_the_cpu(source, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    network = NetworkSpec(width=8, norm="batch").build(
+        source.shape, 3, generator=torch.Generator().manual_seed(0), device="cpu"
+    )
+    network(source.gather(torch.arange(36)))
+    found = {}
+    for device in (CPU, CUDA):
+        teacher = MeasuredNetwork(copy.deepcopy(network).to(device))
+        images = source.to(device).gather(torch.arange(0, 36, 3, device=device))
+        images = images.contiguous(memory_format=torch.channels_last).requires_grad_()
+        logits, distances = teacher(images, groups=2)
+        (gradient,) = torch.autograd.grad(logits.square().mean() + distances.sum(), images)
+        found[device] = (logits.detach().cpu(), distances.detach().cpu(), gradient.cpu())
+    torch.testing.assert_close(found[CUDA], found[CPU], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["instance", "batch"])
