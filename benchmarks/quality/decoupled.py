@@ -96,7 +96,8 @@ PLANS = {
             epochs=25, batch_size=64, lr=0.05, schedule="cosine", augmentation=ResizedCrop(scale=(0.5, 1.0))
         ),
         {"shift": 4, "statistics_weight": 0.05, "problems_together": 5},
-        replace(get_protocol("cvdd"), network=NetworkSpec(width=64, norm="batch"), epochs=100),
+        replace(get_protocol("cvdd"), network=NetworkSpec(width=48, norm="batch"), epochs=60),
+        steps=150,
     ),
 }
 
