@@ -14,7 +14,7 @@ from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.engine import Run
-from dsdistill.errors import BadArtifact, InvalidSetting
+from dsdistill.errors import BadArtifact, InvalidSetting, Stopped
 from dsdistill.experts.shelf import reserved_folder
 from dsdistill.experts.teacher import MANIFEST, Teacher, recognised
 from dsdistill.experts.training import train_on_real
@@ -59,7 +59,11 @@ def schooled(
         with reserved_folder(folder, run.shared.give_way, "this teacher"):
             found = _found(run, folder, digest)  # asked again: who held the lock may have made it
             if found is None:
-                found = _trained(run, spec, training, seed, identity, folder)
+                try:
+                    found = _trained(run, spec, training, seed, identity, folder)
+                except Stopped as error:
+                    kept = f"whole epochs of the teacher {teacher_name(spec)}, kept in {folder}"
+                    raise Stopped(error.signum, error.iteration, error.path, kept) from None
                 found.save(folder)
                 _forget(folder / _PROGRESS)
     return found

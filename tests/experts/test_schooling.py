@@ -65,7 +65,7 @@ def test_an_interrupted_training_continues_to_the_same_bits(optimizer, source, t
         if len(calls) == 3:  # the lock, the first epoch, the second
             raise Stopped(15, 0, tmp_path)
 
-    with pytest.raises(Stopped):
+    with pytest.raises(Stopped, match=f"after whole epochs of the teacher convnet-width4-depth1, kept in {tmp_path}"):
         schooled(run_of(source, tmp_path, give_way=give_way), SPECS[0], recipe)
     kept = list(tmp_path.glob("teachers/*/progress/epoch-*.safetensors"))
     assert [file.name for file in kept] == ["epoch-00002.safetensors"]
