@@ -1,8 +1,8 @@
 """One row of a table: what networks are trained on, their training, and what they make of the test split."""
 
 import copy
-import math
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
