@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dsdistill.augmentations import PadCrop
+from dsdistill.core import storage
 from dsdistill.core.config import from_dict, validate
 from dsdistill.core.device import default_chunk
 from dsdistill.data import ImageSource
@@ -27,8 +29,10 @@ from dsdistill.experts.teacher import MANIFEST, Teacher
 from dsdistill.networks import NetworkSpec
 from dsdistill.training import TrainingRecipe
 
-SQUEEZE = TrainingRecipe(epochs=200, batch_size=128, lr=0.1, schedule="cosine")
+SQUEEZE = TrainingRecipe(epochs=200, batch_size=128, lr=0.1, schedule="cosine", augmentation=PadCrop())
 """How teachers are trained unless told otherwise: 200 epochs of SGD with a cosine, as SRe2L does on CIFAR-100."""
+ORDER = "committee.json"
+"""Names of the members of a folder in their order, which pairs and start images depend on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,7 @@ class Committee(Sequence[Teacher]):
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Committee":
-        """The teacher of a folder, or those of the folders in it, by name.
+        """The teacher of a folder, or those of the folders in it: as they were trained, further ones by name.
 
         Raises:
             BadArtifact: there is none, or one is damaged.
@@ -104,6 +108,8 @@ class Committee(Sequence[Teacher]):
         places = sorted(place.parent for place in folder.glob(f"*/{MANIFEST}"))
         if not places:
             raise BadArtifact(folder, f"holds no teacher: no {MANIFEST} here or in a folder below (dsdistill teachers)")
+        order = {name: place for place, name in enumerate(trained_order(folder))}
+        places.sort(key=lambda place: order.get(place.name, len(order)))
         return cls([Teacher.load(place, device) for place in places])
 
     def check(self, source: ImageSource) -> None:
@@ -180,6 +186,20 @@ class Committee(Sequence[Teacher]):
             total = told * share if total is None else total + told * share
         assert total is not None
         return total
+
+
+def trained_order(folder: Path) -> list[str]:
+    """Names that `train_teachers` wrote into a folder, none where it did not.
+
+    Raises:
+        BadArtifact: the file is damaged.
+    """
+    if not (folder / ORDER).exists():
+        return []
+    told = storage.read_json(folder / ORDER)
+    if not isinstance(told, list) or not all(isinstance(name, str) for name in told):
+        raise BadArtifact(folder / ORDER, "is no list of names; delete it to have teachers by alphabet")
+    return told
 
 
 @contextmanager

@@ -5,13 +5,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dsdistill.augmentations import PadCrop, ResizedCrop
+from dsdistill.core import storage
 from dsdistill.core.config import require_instance, whole_number
 from dsdistill.core.device import default_chunk, resolve_device, settle_allocator
 from dsdistill.core.rng import Rng
@@ -19,7 +19,7 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Run, Shared
 from dsdistill.engine.observe import StopRequest
 from dsdistill.errors import BadData, InvalidSetting, Stopped, UnknownName
-from dsdistill.experts.committee import SQUEEZE, Committee
+from dsdistill.experts.committee import ORDER, SQUEEZE, Committee, trained_order
 from dsdistill.experts.schooling import schooled, teacher_name
 from dsdistill.experts.teacher import Teacher, filled, read_weights, recognised
 from dsdistill.networks import NetworkSpec, has_batchnorm
@@ -27,7 +27,7 @@ from dsdistill.training import TrainingRecipe
 
 RECIPES: Mapping[str, TrainingRecipe] = {
     # SRe2L's code, CIFAR-100: 78.7 % with ResNet-18.
-    "sre2l_cifar": replace(SQUEEZE, augmentation=PadCrop()),
+    "sre2l_cifar": SQUEEZE,
     # SRe2L's and CDA's code, Tiny-ImageNet: 59.6 % with ResNet-18. Longer training makes recovery harder.
     "sre2l_tiny": TrainingRecipe(
         epochs=50,
@@ -121,6 +121,8 @@ def train_teachers(
         chunk=default_chunk(source.shape, resolved) if chunk is None else whole_number("chunk", chunk, 1),
         shared=Shared(give_way=give_way),
     )
+    storage.ensure_writable(Path(out))
+    storage.write_json(Path(out) / ORDER, list(dict.fromkeys([*trained_order(Path(out)), *names])))
     with stop:
         return Committee(
             [schooled(run, spec, recipe, seed, Path(out) / name) for spec, name in zip(networks, names, strict=True)]

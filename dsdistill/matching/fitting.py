@@ -58,7 +58,10 @@ class Fitting(Synthesizer):
     crop: bool = True
     """Views are random crops, resized, and mirrored where that is safe."""
     shift: Annotated[int, Ge(0)] | None = None
-    """Views are rolled by up to so many pixels each way; null: an eighth of the image, 32 at most."""
+    """J: views are rolled by 0 to so many pixels down and to the right; null: an eighth of the image, but at most 4 up
+    to 64 pixels, and 32 from 224 on."""
+    shift_both: bool = False
+    """They are rolled by -J to J, as in the script of SRe2L for Tiny ImageNet alone."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of teachers; pixels, statistics and losses stay float32."""
     teachers: Teachers = Teachers()
@@ -105,7 +108,8 @@ class Fitting(Synthesizer):
             scale=(self.least_share(iteration) if self.crop else 1.0, 1.0),
             ratio=(3 / 4, 4 / 3) if self.crop else (1.0, 1.0),
             flip=0.5 if self.crop and run.source.mirror_safe else 0.0,
-            shift=min(32, min(height, width) // 8) if self.shift is None else self.shift,
+            shift=usual_shift(min(height, width)) if self.shift is None else self.shift,
+            shift_both=self.shift_both,
         )
 
     def _optimizer(self, images: Parameterization) -> torch.optim.Optimizer:
@@ -138,6 +142,13 @@ class Fitting(Synthesizer):
             channels = torch.tensor(teacher.channels, device=factors.device)
             factors = factors / (channels.sqrt() * len(factors))
         return entropy, (distances @ factors).sum()
+
+
+def usual_shift(side: int) -> int:
+    """J of the authors' code: 4 at 32 and 64 pixels, 32 at 224; in proportion elsewhere."""
+    if side <= 64:
+        return min(4, side // 8)
+    return 32 if side >= 224 else side // 8
 
 
 def measured(run: Run, teachers: Teachers) -> list[MeasuredNetwork]:

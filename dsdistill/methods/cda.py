@@ -18,9 +18,11 @@ from annotated_types import Gt, Le
 
 from dsdistill.augmentations import least_share
 from dsdistill.engine import Preset
+from dsdistill.experts import RECIPES, Teachers
 from dsdistill.matching.recovery import Recovery
 
 _README = "README of the authors' code"
+_TINY = Teachers(training=RECIPES["sre2l_tiny"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class CDA(Recovery):
         "arXiv 2311.18838"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "tiny_imagenet": Preset(_README, {"lr_images": 0.4, "statistics_weight": 0.05, "shift": 4}),
+        "tiny_imagenet": Preset(_README, {"lr_images": 0.4, "statistics_weight": 0.05, "shift": 4, "teachers": _TINY}),
         "imagenet": Preset(_README, {"shift": 32}),
         "imagenet_21k": Preset(
             _README, {"lr_images": 0.05, "iterations": 2000, "statistics_weight": 0.25, "shift": 32}

@@ -28,13 +28,16 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Preset, Run
 from dsdistill.errors import InvalidSetting
-from dsdistill.experts import Committee, Teachers
+from dsdistill.experts import RECIPES, Committee, Teachers
 from dsdistill.matching.recovery import Recovery, Voter
 from dsdistill.networks import NetworkSpec
 
 MODELS = ("resnet18", "resnet50", "shufflenet_v2_x0_5", "mobilenet_v2", "densenet121")
 """The committee of the paper at 32 and 64 pixels, in its order, as torchvision names them."""
-_SMALL = Teachers(networks=tuple(NetworkSpec(f"torchvision:{name}", stem="small") for name in MODELS))
+_SMALL = Teachers(
+    networks=tuple(NetworkSpec(f"torchvision:{name}", stem="small") for name in MODELS), training=RECIPES["cvdd_cifar"]
+)
+_LARGE = Teachers(networks=tuple(NetworkSpec(f"torchvision:{name.replace('x0_5', 'x1_0')}") for name in MODELS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,10 @@ class CVDD(Recovery):
     paper: ClassVar[str] = "Cui et al., Dataset Distillation via Committee Voting, arXiv 2501.07575"
     presets: ClassVar[Mapping[str, Preset]] = {
         "small": Preset("authors' code, 32 and 64 pixels", {"shift": 4, "teachers": _SMALL}),
-        "large": Preset("authors' code, 224 pixels; teachers are those of torchvision", {"shift": 32}),
+        "large": Preset(
+            "authors' code, 224 pixels; on ImageNet-1K teachers have the weights of torchvision",
+            {"shift": 32, "teachers": _LARGE},
+        ),
     }
 
     voting: Literal["prior", "equal", "random"] = "prior"
@@ -56,8 +62,23 @@ class CVDD(Recovery):
     init: Literal["noise", "patches"] = "patches"
     """Where images start: from mosaics of real patches of middling difficulty, or from N(0, 1)."""
 
+    teachers: Teachers = _SMALL
+    """The committee; with a vote by prior performance, a folder whose teachers have one (`dsdistill prior`)."""
+
     def check(self, source: ImageSource) -> None:
+        """Refuse what `Recovery.check` refuses, and a vote that cannot be held, before a teacher is trained.
+
+        Raises:
+            BadData, InvalidSetting: naming the place and the mend.
+        """
         super().check(source)
+        if self.teachers.folder is None and self.voting == "prior":
+            raise InvalidSetting(
+                "CVDD.voting",
+                self.voting,
+                "teachers without a folder have no prior performance: make one (dsdistill teachers, dsdistill prior) "
+                "and name it as teachers.folder, or let them vote 'equal'",
+            )
         if self.teachers.folder is None and len(self.teachers.networks) < self.drawn:
             raise InvalidSetting(
                 "CVDD.drawn",

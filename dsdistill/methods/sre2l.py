@@ -22,9 +22,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dsdistill.engine import Preset
+from dsdistill.experts import RECIPES, Teachers
 from dsdistill.matching.recovery import Recovery
 
 _SCRIPTS = "scripts of the authors' code"
+_CIFAR, _TINY = (Teachers(training=RECIPES[name]) for name in ("sre2l_cifar", "sre2l_tiny"))
 _PLUS: dict[str, Any] = {"init": "patches"}
 
 
@@ -37,9 +39,12 @@ class SRe2L(Recovery):
         "NeurIPS 2023, arXiv 2306.13092"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "cifar100": Preset(_SCRIPTS, {"iterations": 1000, "shift": 4, "crop": False}),
-        "tiny_imagenet": Preset(_SCRIPTS, {"lr_images": 0.1, "statistics_weight": 1.0, "shift": 4}),
-        "imagenet": Preset(_SCRIPTS, {"shift": 32}),
+        "cifar100": Preset(_SCRIPTS, {"iterations": 1000, "shift": 4, "crop": False, "teachers": _CIFAR}),
+        "tiny_imagenet": Preset(
+            _SCRIPTS,
+            {"lr_images": 0.1, "statistics_weight": 1.0, "shift": 4, "shift_both": True, "teachers": _TINY},
+        ),
+        "imagenet": Preset(f"{_SCRIPTS}; the teacher has the weights of torchvision", {"shift": 32}),
         "small": Preset("SRe2L++, baseline of CV-DD's code at 32 and 64 pixels", {**_PLUS, "shift": 4}),
         "large": Preset("SRe2L++, baseline of CV-DD's code at 224 pixels", {**_PLUS, "shift": 32}),
     }

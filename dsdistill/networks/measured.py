@@ -9,7 +9,7 @@ input u of layer ℓ over a group of images, with mean m and biased variance v o
 The gradient has a closed form, n values of a channel being averaged, which is made in the same pass as that of the
 layer itself and needs nothing kept but u::
 
-    ∂r/∂u = (m − μ) / (n ‖m − μ‖) + 2 (u − m)(v − σ²) / (n ‖v − σ²‖),     each term 0 where its norm is
+    ∂r/∂u = (m − μ) / (n ‖m − μ‖) + 2 (u − m)(v − σ²) / (n ‖v − σ²‖),     each term 0 where its norm is 0
 """
 
 import copy
@@ -160,7 +160,9 @@ def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _affine(maps: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return torch.addcmul(_spread(shift, maps), maps, _spread(scale, maps))
+    """In float32 at least: half precision would round the shift before it cancels against the mean."""
+    wide = maps if maps.dtype in (torch.float32, torch.float64) else maps.float()
+    return torch.addcmul(_spread(shift, wide), wide, _spread(scale, wide)).to(maps.dtype)
 
 
 def _spread(values: Tensor, maps: Tensor) -> Tensor:

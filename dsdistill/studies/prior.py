@@ -1,8 +1,9 @@
 """Prior performances of a committee (CV-DD, Cui et al., arXiv 2501.07575): what a set is worth that one teacher made.
 
 For each teacher a set is distilled with it alone (SRe2L++), networks are trained on the labels that it gives, and their
-mean test accuracy, in percent, is written into the teacher's folder as its ``performance``. The published committee has
-them as constants; here they are measured for any data and any teachers.
+mean accuracy, in percent, is written into the teacher's folder as its ``performance``. It is that on training images
+held out of the set (which the teacher itself has seen), so that no vote follows the test split. The published committee
+has constants, measured on the test split.
 """
 
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from dsdistill.core.config import require_instance
+from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import synthesize
 from dsdistill.errors import InvalidSetting
@@ -41,7 +43,8 @@ def measure_priors(
 
     Args:
         folder: of a committee; the sets are kept in a folder ``prior`` in each member's.
-        source: the real images that the teachers were trained on; its test split scores.
+        source: the real images that the teachers were trained on. A tenth of each class is held out and scores; the
+            test split stays closed.
         method: how sets are distilled; its ``teachers`` are replaced.
         protocol: how networks learn from the labels of the teacher.
         repeats: networks for each.
@@ -59,15 +62,15 @@ def measure_priors(
     if chosen.distillation is None:
         raise InvalidSetting("protocol", chosen.name, 'one that learns from teachers, as "cvdd" does')
     found: dict[str, Any] = {}
-    place = Path(folder)
+    place, known = Path(folder), _held_out(source, seed)
     for teacher in Committee.load(place):
         own = place if (place / "teacher.json").exists() else place / teacher.name
         if teacher.performance is None or again:
             alone = replace(method, teachers=Teachers(folder=str(own)))
-            made = synthesize(alone, source, seed=seed, device=device, out=own / "prior")
+            made = synthesize(alone, known, seed=seed, device=device, out=own / "prior", overwrite=again)
             score = evaluate(
                 made,
-                source,
+                known,
                 protocol=chosen,
                 teachers=Committee([teacher]),
                 repeats=repeats,
@@ -81,3 +84,17 @@ def measure_priors(
         assert teacher.performance is not None
         found[teacher.name] = teacher.performance
     return found
+
+
+def _held_out(source: ImageSource, seed: int) -> ImageSource:
+    """The training images but a tenth of each class, which is the test split."""
+    fit, held = source.train_only().split(0.1, Rng(seed).at("prior", device=source.device))
+    return ImageSource(
+        source.name,
+        source.classes,
+        fit.store,
+        fit.targets,
+        normalization=source.normalization,
+        mirror_safe=source.mirror_safe,
+        open_test=lambda: held,
+    )

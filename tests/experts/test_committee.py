@@ -3,6 +3,7 @@ import torch
 from experts.schools import SPECS, untrained
 from torch import nn
 
+from dsdistill.core import storage
 from dsdistill.errors import BadArtifact, BadData, InvalidSetting
 from dsdistill.experts import Committee, Teachers, by_batch
 from dsdistill.networks import NetworkSpec
@@ -113,6 +114,17 @@ def test_a_committee_is_loaded_from_a_folder_of_folders_or_a_single_one(source, 
     assert [one.name for one in Committee.load(tmp_path / committee[1].name)] == [committee[1].name]
     with pytest.raises(BadArtifact, match="holds no teacher"):
         Committee.load(tmp_path / "nothing")
+
+
+def test_members_have_the_order_in_which_they_were_trained(source, committee, tmp_path):
+    for teacher in committee:
+        teacher.save(tmp_path / teacher.name)
+    names = [committee[2].name, committee[0].name]
+    storage.write_json(tmp_path / "committee.json", names)
+    assert [one.name for one in Committee.load(tmp_path)] == [*names, committee[1].name]
+    (tmp_path / "committee.json").write_text("{}")
+    with pytest.raises(BadArtifact, match="is no list of names"):
+        Committee.load(tmp_path)
 
 
 def test_every_member_is_checked(source, committee):

@@ -6,10 +6,20 @@ import pytest
 import torch
 from experts.schools import SPECS
 
+from dsdistill.augmentations import PadCrop, ResizedCrop
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Rehearsal, Run, Shared
 from dsdistill.errors import BadArtifact, BadData, InvalidSetting, Stopped
-from dsdistill.experts import Committee, Teachers, import_teacher, schooled, teacher_name, teacher_spec, train_teachers
+from dsdistill.experts import (
+    RECIPES,
+    Committee,
+    Teachers,
+    import_teacher,
+    schooled,
+    teacher_name,
+    teacher_spec,
+    train_teachers,
+)
 from dsdistill.experts import schooling as module
 from dsdistill.networks import NetworkSpec
 from dsdistill.testing import toy_source
@@ -118,9 +128,25 @@ def test_a_committee_of_a_run_is_made_once(source, tmp_path):
     assert {one.digest for one in loaded} == {one.digest for one in made}
 
 
+def test_recipes_are_those_of_the_authors():
+    told = {
+        "sre2l_cifar": ("sgd", 200, 128, 0.1, 5e-4, 0, PadCrop()),
+        "sre2l_tiny": ("sgd", 50, 256, 0.2, 1e-4, 5, ResizedCrop()),
+        "cvdd_cifar": ("adam", 200, 512, 1e-3, 1e-4, 0, PadCrop()),
+        "cvdd_tiny": ("sgd", 50, 128, 0.01, 1e-4, 0, PadCrop()),
+        "cvdd_imagenette": ("sgd", 300, 64, 0.01, 1e-4, 0, ResizedCrop()),
+    }
+    fields = ("optimizer", "epochs", "batch_size", "lr", "weight_decay", "warmup", "augmentation")
+    assert {name: tuple(getattr(one, field) for field in fields) for name, one in RECIPES.items()} == told
+    assert all((one.schedule, one.momentum, one.slowdown) == ("cosine", 0.9, 1.0) for one in RECIPES.values())
+    assert RECIPES["sre2l_tiny"].warmup_start == 0.01
+    assert Teachers().training == RECIPES["sre2l_cifar"]
+
+
 def test_teachers_ahead_are_in_folders_by_name_and_found_again(source, tmp_path, monkeypatch):
     made = train_teachers(source, SPECS[:2], tmp_path, RECIPE, device="cpu")
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["convnet-width4-depth1", "convnet-width6-depth1"]
+    names = ["convnet-width4-depth1", "convnet-width6-depth1"]
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["committee.json", *names]
     monkeypatch.setattr(module, "train_on_real", None)
     assert [one.digest for one in train_teachers(source, SPECS[:2], tmp_path, RECIPE, device="cpu")] == [
         one.digest for one in made

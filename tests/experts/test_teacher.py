@@ -101,6 +101,26 @@ def test_permuted_images_are_refused_and_relabelled_teachers_are_not(source):
     untrained(source, network=ByBrightness((2, 0, 1)), accuracy=1.0).check(mixed)
 
 
+@pytest.mark.parametrize(("wrong", "refused"), [(3, False), (5, True)])
+def test_half_of_what_it_knew_beyond_chance_must_be_left(wrong, refused, source):
+    """12 images of 3 classes: chance is 4 of 12, so a teacher that knew all has to get 8 right."""
+    few = source.subset([*range(4), *range(12, 16), *range(24, 28)])
+
+    class Says(ByBrightness):
+        def forward(self, images):
+            logits = super().forward(images)
+            logits[:wrong] = logits[:wrong].roll(1, 1)
+            return logits
+
+    teacher = untrained(source, network=Says(), accuracy=1.0)
+    assert recognised(teacher.network, few) == pytest.approx(1 - wrong / 12)
+    if refused:
+        with pytest.raises(BadData, match="recognises"):
+            teacher.check(few)
+    else:
+        teacher.check(few)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -150,6 +150,22 @@ def test_too_few_images_are_refused_before_any_work(settings, error, message, so
         RDED(**settings, teachers=Teachers(networks=(NetworkSpec(width=4, depth=1, norm="batch"),))).check(source)
 
 
+def test_published_settings_of_rded(source):
+    presets = {"small": (1, 300, 5), "large": (2, 300, 5), "large_one_crop": (2, 300, 1)}
+    made = {name: RDED.preset(name) for name in RDED.presets}
+    assert {name: (one.factor, one.pool, one.crops) for name, one in made.items()} == presets
+
+
+def test_crops_of_patches_are_squares_of_8_to_100_percent(teacher):
+    images = torch.zeros(2, 1, 50, 50, dtype=torch.uint8)
+    blank = ImageSource("blank", ["dark", "bright"], images, torch.tensor([0, 1]))
+    kept = torch.cat([recognised_patches(run_of(blank, seed), teacher, 1, 1, 1, 1).boxes for seed in range(200)])
+    share = kept[:, 2] * kept[:, 3] / 2500
+    assert 0.06 < float(share.min()) < 0.12
+    assert float(share.max()) > 0.95
+    assert torch.equal(kept[:, 2], kept[:, 3])
+
+
 def test_mosaics_are_of_one_patch_below_128_pixels():
     assert [factor_of((3, size, size)) for size in (32, 64, 127, 128, 224)] == [1, 1, 1, 2, 2]
 

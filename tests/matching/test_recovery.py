@@ -13,8 +13,10 @@ from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
 from dsdistill.engine.run import Execution
 from dsdistill.errors import BadData, InvalidSetting
-from dsdistill.experts import Committee, Teachers
+from dsdistill.experts import RECIPES, Committee, Teachers
 from dsdistill.matching import recovery
+from dsdistill.matching.fitting import usual_shift
+from dsdistill.matching.patches import middling_mosaics
 from dsdistill.matching.recovery import Problem, into_range, key_of, rng_of
 from dsdistill.methods import CDA, CVDD, FYI, SRe2L
 from dsdistill.objectives import total_variation
@@ -124,7 +126,8 @@ def test_a_committee_votes_by_what_its_members_were_worth(source, committee):
 def test_pairs_and_weights_of_each_index(source, committee):
     run, vote = run_of(source), CVDD(ipc=3, teachers=THREE)
     assert [tuple(voter.member for voter in vote.voters(run, index)) for index in range(3)] == [(0, 1), (0, 2), (1, 2)]
-    assert [voter.member for voter in replace(vote, ipc=1).voters(run, 0)] == [1, 2]
+    for seed in range(5):  # whatever would be drawn
+        assert [voter.member for voter in replace(vote, ipc=1).voters(run_of(source, seed), 0)] == [1, 2]
     many = replace(vote, ipc=50, voting="equal")
     drawn = [tuple(many.voters(run, index)) for index in range(50)]
     assert {tuple(voter.member for voter in voters) for voters in drawn} == {(0, 1), (0, 2), (1, 2)}
@@ -139,7 +142,7 @@ def test_pairs_and_weights_of_each_index(source, committee):
 def test_a_committee_of_one_recovers_as_sre2l_does(source, committee):
     settings = {"ipc": 1, "iterations": 3, "init": "noise", "shift": 1}
     one = made(SRe2L(**settings), source).tensors()[0]
-    voted = made(CVDD(**settings, drawn=1, voting="equal"), source).tensors()[0]
+    voted = made(CVDD(**settings, drawn=1, voting="equal", teachers=SMALL.teachers), source).tensors()[0]
     assert torch.equal(one, voted)
 
 
@@ -225,13 +228,64 @@ def test_more_than_one_teacher_needs_a_method_that_votes(source, committee):
     ("method", "error", "message"),
     [
         (SRe2L(teachers=Teachers(networks=SPECS[:1])), BadData, "whitened: load it without zca"),
-        (CVDD(teachers=Teachers(networks=SPECS[:1])), InvalidSetting, "the committee has 1"),
+        (CVDD(teachers=Teachers(networks=SPECS[:1]), voting="equal"), InvalidSetting, "the committee has 1"),
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(method, error, message, source):
     white = source.normalized_by(source.normalization.whitened([source.images]))
     with pytest.raises(error, match=message):
         method.check(white if error is BadData else source)
+
+
+def test_starts_from_patches_are_middling_mosaics_of_the_first_teacher(source, committee):
+    for method in (SRe2L(ipc=2, init="patches"), CVDD(ipc=2, teachers=THREE)):
+        run = run_of(source)
+        for index in range(2):
+            found = method.first_images(run, Problem(index, (0, 2)))
+            assert torch.equal(found, middling_mosaics(run_of(source), committee[0], [0, 2], index))
+
+
+def test_the_usual_shift_is_that_of_the_authors_code():
+    assert [usual_shift(side) for side in (8, 16, 32, 64, 128, 224, 256)] == [1, 2, 4, 4, 16, 32, 32]
+    both = SRe2L.preset("tiny_imagenet").views(run_of(toy_source(shape=(3, 64, 64))), 0)
+    assert (both.shift, both.shift_both) == (4, True)
+
+
+def test_published_settings():
+    """Of the authors' code; the specification of the field has them in one table."""
+    shared = {"lr_images": 0.25, "iterations": 4000, "statistics_weight": 0.01, "first_layer": 10.0, "crop": True}
+    shared |= {"classes_together": 100, "problems_together": 1, "normalised": False, "total_variation": 0.0, "l2": 0.0}
+    differing = {
+        (SRe2L, "cifar100"): {"iterations": 1000, "shift": 4, "crop": False, "init": "noise"},
+        (SRe2L, "tiny_imagenet"): {"lr_images": 0.1, "statistics_weight": 1.0, "shift": 4, "shift_both": True},
+        (SRe2L, "imagenet"): {"shift": 32, "init": "noise"},
+        (SRe2L, "small"): {"shift": 4, "init": "patches"},
+        (SRe2L, "large"): {"shift": 32, "init": "patches"},
+        (CDA, "tiny_imagenet"): {"lr_images": 0.4, "statistics_weight": 0.05, "shift": 4, "shift_both": False},
+        (CDA, "imagenet"): {"shift": 32, "curriculum": "cosine", "milestone": 1.0},
+        (CDA, "imagenet_21k"): {"lr_images": 0.05, "iterations": 2000, "statistics_weight": 0.25, "shift": 32},
+        (CVDD, "small"): {"shift": 4, "init": "patches", "drawn": 2, "temperature": 5.0, "voting": "prior"},
+        (CVDD, "large"): {"shift": 32, "init": "patches", "drawn": 2, "temperature": 5.0, "voting": "prior"},
+    }
+    assert {(cls, name) for cls in (SRe2L, CDA, CVDD) for name in cls.presets} == set(differing)
+    for (cls, name), changes in differing.items():
+        made = cls.preset(name)
+        assert {field: getattr(made, field) for field in shared | changes} == shared | changes, name
+    assert (
+        SRe2L.preset("tiny_imagenet").teachers.training.epochs == CDA.preset("tiny_imagenet").teachers.training.epochs
+    )
+    assert SRe2L.preset("tiny_imagenet").teachers.training == RECIPES["sre2l_tiny"]
+    names = ["resnet18", "resnet50", "shufflenet_v2_x0_5", "mobilenet_v2", "densenet121"]
+    small, large = (CVDD.preset(name).teachers.networks for name in ("small", "large"))
+    assert [(spec.name, spec.stem) for spec in small] == [(f"torchvision:{name}", "small") for name in names]
+    names[2] = "shufflenet_v2_x1_0"
+    assert [(spec.name, spec.stem) for spec in large] == [(f"torchvision:{name}", None) for name in names]
+    assert SMALL.views(run_of(toy_source()), 0).ratio == (3 / 4, 4 / 3)
+
+
+def test_a_vote_without_priors_is_refused_before_a_teacher_is_trained(source):
+    with pytest.raises(InvalidSetting, match="dsdistill prior"):
+        CVDD(teachers=THREE).check(source)
 
 
 def test_unknown_priors_are_refused_before_any_work(source, monkeypatch):

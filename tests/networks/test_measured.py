@@ -149,6 +149,17 @@ def test_half_precision_maps_are_averaged_in_float32():
     torch.testing.assert_close(mean[0], maps.float().mean((0, 2, 3)), rtol=1e-5, atol=0)
 
 
+def test_half_precision_maps_are_normalised_as_well_as_by_the_library():
+    norm = nn.BatchNorm2d(8).eval()
+    norm.running_mean.copy_(torch.linspace(-4, 4, 8))
+    noise = torch.randn(16, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    maps = (noise + norm.running_mean[:, None, None]).bfloat16()
+    exact = norm(maps.float()).detach()
+    ours = MeasuredNetwork(nn.Sequential(norm.requires_grad_(False)))(maps)[0]
+    assert ours.dtype == torch.bfloat16
+    assert float((ours.float() - exact).square().mean().sqrt()) < 0.003
+
+
 def test_a_network_without_running_statistics_is_refused():
     with pytest.raises(InvalidSetting, match="batch normalisation with running statistics"):
         MeasuredNetwork(trained(norm="instance", width=6, depth=2), "mine")
