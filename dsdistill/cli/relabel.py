@@ -47,9 +47,10 @@ def _relabel_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--temperature",
-        type=float | None,
+        type=float | Literal["equal"] | None,
         default=None,
-        help="Teachers vote by softmax(performance / temperature), CV-DD: 10; by default all alike.",
+        help="Teachers vote by softmax(performance / temperature), or equal: all alike; by default as the protocol "
+        "says (cvdd: 10), and all alike for static labels.",
     )
     parser.add_argument(
         "--calibration",
@@ -84,9 +85,12 @@ def _relabel(config: Namespace) -> Any:
     asked = {name: config[name] for name in ("epochs", "batch_size") if config[name] is not None}
     if config.kind == "static" and asked:
         raise InvalidSetting("--kind", config.kind, f"without --{next(iter(asked))}: static labels are made once")
+    if config.temperature == "equal":
+        asked["vote_temperature"] = None
     recipe = None if config.kind == "static" else replace(get_protocol(config.protocol), **asked)
     options = {
-        **{name: config[name] for name in ("kind", "temperature", "calibration", "records", "seed")},
+        **{name: config[name] for name in ("kind", "calibration", "records", "seed")},
+        "temperature": None if config.temperature == "equal" else config.temperature,
         "codec": _codec(config),
     }
     synthetic, committee = dd.SyntheticDataset.load(config.path), Committee.load(config.teachers, device=device)
@@ -116,7 +120,7 @@ VERBS = {
     "relabel": Verb(
         "Have teachers label every view of a set that networks will see, and store views and labels.",
         "  dsdistill relabel runs/cvdd --teachers teachers/cifar10 --protocol cvdd --out labels --dry-run\n"
-        "  dsdistill relabel runs/cvdd --teachers teachers/cifar10 --protocol cvdd --temperature 10 --out labels\n"
+        "  dsdistill relabel runs/cvdd --teachers teachers/cifar10 --protocol cvdd --temperature equal --out labels\n"
         "  dsdistill relabel runs/infer --teachers teachers/cifar100 --kind static --out labels\n"
         "  dsdistill evaluate runs/cvdd --data cifar10 --protocol cvdd --labels labels --teachers teachers/cifar10",
         _relabel_arguments,

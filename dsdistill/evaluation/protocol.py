@@ -51,6 +51,11 @@ class EvaluationProtocol(TrainingRecipe):
     teacher_mode: Literal["eval", "batch"] = "eval"
     """Batch norms of teachers take their running statistics, or those of the images they see: of each of the
     ``sub_batches`` of a mini-batch."""
+    targets: Literal["views", "images"] = "views"
+    """What teachers are asked about: each view that a network sees, or the clean images, once; where these are mixed,
+    their logits are."""
+    vote_temperature: Annotated[float, Gt(0)] | None = None
+    """Several teachers vote by softmax(prior performance / vote_temperature); None: all alike."""
 
     @property
     def title(self) -> str:
@@ -181,8 +186,9 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
     # statistics of half a mini-batch, as the student does. The row is CIFAR-10. Elsewhere, for ResNet-18: CIFAR-100 at
     # IPC 10 slowdown 2; Tiny-ImageNet slowdown 2 but at IPC 10; ImageNette lr 5e-4, slowdown 2 but at IPC 10;
     # ImageNet-1K slowdown 2 but at IPC 50. Batch 10 for CIFAR-10 at IPC 1 and for labels of ImageNette. Theirs split a
-    # last, smaller batch differently for teacher and student; here both split it in one way.
-    "cvdd": replace(_DECOUPLED, name="cvdd", batch_size=16, sub_batches=2, teacher_mode="batch"),
+    # last, smaller batch differently for teacher and student; here both split it in one way. Teachers vote at
+    # temperature 10.
+    "cvdd": replace(_DECOUPLED, name="cvdd", batch_size=16, sub_batches=2, teacher_mode="batch", vote_temperature=10.0),
     # Sun et al., CVPR 2024 (RDED), from 128 pixels on: the patches of a mosaic change places, and crops have at least
     # half of the area. Batch 100 is for 1000 classes at IPC 10; theirs is 10, 50, 100 at IPC 1, 10, 50, twice that for
     # 100 and 1000 classes, and 100 on Tiny-ImageNet. Other students take another lr (MobileNetV2 2.5e-3, VGG-11 5e-4,
@@ -200,7 +206,7 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
     ),
     # Zhang, Du, Liu & Zhou, ICLR 2025 (INFER; its code: UFC), CIFAR: one set of labels for the whole images, mixed as
     # logits; or labels of each view, in 1/(M + 1) of the epochs, as M = 4 teachers make M + 1 images of a stored one.
-    "ufc_static": replace(_UFC, name="ufc_static"),
+    "ufc_static": replace(_UFC, name="ufc_static", targets="images"),
     "ufc_dynamic": replace(_UFC, name="ufc_dynamic", epochs=80),
     # Xiao, Liu, He & Wang, arXiv 2502.06434 (Rethinking), their two benchmarks: a ResNet-18 is asked about every
     # mini-batch, or there are hard labels alone, without mixing.

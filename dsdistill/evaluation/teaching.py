@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from dsdistill.core.config import require_instance
+from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.experts import Committee
 from dsdistill.relabelling import Distances, LabelSet
-from dsdistill.relabelling.lessons import Lessons, measured
-from dsdistill.relabelling.plan import require_teachers
+from dsdistill.relabelling.lessons import Lessons, interpolated, measured
+from dsdistill.relabelling.plan import require_teachers, voting
+from dsdistill.relabelling.record import require_recordable
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import Teacher, TrainingSet
 
@@ -27,12 +29,15 @@ class Teaching:
         synthetic: the set.
         labels: of the set; None: teachers are asked about it too.
         teachers: asked about real images; None where there are no rows of such.
+        weights: of the teachers' logits, of sum 1; those of the labels where there are some.
     """
 
     synthetic: SyntheticDataset
     labels: LabelSet | None
     teachers: Committee | None
+    weights: tuple[float, ...]
     _replayed: Lessons | None = field(init=False, default=None)
+    _told: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def begin(self, real: ImageSource) -> None:
         """Bring the teachers to the device of the real images, and see whether they know these.
@@ -57,20 +62,31 @@ class Teaching:
             if self._replayed is None:  # the same for every network
                 self._replayed = self.labels.lessons(self.synthetic, data.device)
             return data._replace(lessons=self._replayed)
+        classes = len(self.synthetic.classes)
+        if protocol.targets == "images":
+            told = self._clean(row, data, protocol)
+            return data._replace(lessons=interpolated(data, told, shown, rng, classes))
         if not isinstance(protocol.distillation, Distances):
             return data
         images, targets = data.fetch(torch.arange(data.size, device=data.device))
-        classes = targets if targets.dim() == 1 else targets.argmax(1)
-        return data._replace(
-            lessons=measured(images, classes, self.teacher(protocol), shown, rng, len(self.synthetic.classes))
-        )
+        hard = targets if targets.dim() == 1 else targets.argmax(1)
+        return data._replace(lessons=measured(images, hard, self.teacher(protocol), shown, rng, classes))
+
+    def _clean(self, row: str, data: TrainingSet, protocol: EvaluationProtocol) -> Tensor:
+        """Logits (N, K) of the clean images of a row; the random ones are others for every network."""
+        if row in self._told:
+            return self._told[row]
+        ask, rows = self.teacher(protocol), torch.arange(data.size, device=data.device)
+        parts = torch.split(rows, default_chunk(data.shape, data.device))
+        told = torch.cat([ask(data.fetch(part)[0]) for part in parts])
+        if row != "random":
+            self._told[row] = told
+        return told
 
     def teacher(self, protocol: EvaluationProtocol) -> Teacher:
         """Gives the committee's logits of a mini-batch as the network sees it."""
         assert self.teachers is not None
-        committee, weights = self.teachers, None
-        if self.labels is not None:
-            weights = torch.tensor(self.labels.heading.weights)
+        committee, weights = self.teachers, torch.tensor(self.weights)
 
         def asked(images: Tensor) -> Tensor:
             by_batch = protocol.teacher_mode == "batch"
@@ -87,7 +103,7 @@ class Teaching:
             else [{key: one[key] for key in ("name", "digest", "accuracy")} for one in labels.heading.teachers]
         )
         if labels is None:
-            return {"teachers": known, "labels": None}
+            return {"teachers": known, "weights": list(self.weights), "labels": None}
         told = labels.heading.to_json()
         kept = {key: told[key] for key in ("kind", "epochs", "codec", "teacher_mode", "weights", "calibration", "seed")}
         return {"teachers": known, "labels": {**kept, "bytes": labels.nbytes}}
@@ -103,11 +119,13 @@ def checked_teaching(
 ) -> tuple[EvaluationProtocol, Teaching | None]:
     """What a protocol's networks learn from, None where that is classes; and the protocol, with the loss of the labels.
 
-    Labels of distances are learned with `Distances`, which replaces the protocol's distillation.
+    Labels of distances are learned with `Distances`, which replaces the protocol's distillation. Beside labels,
+    teachers vote on the real images as they did on the set: where all were alike, vote_temperature becomes None.
 
     Raises:
-        InvalidSetting: labels or teachers without distillation or the other way round; or labels that were made for
-            another training. BadData: labels or teachers of something else.
+        InvalidSetting: labels or teachers without distillation or the other way round; labels that were made for
+            another training; or teachers who are to vote by priors that are not known. BadData: labels or teachers of
+            something else.
     """
     if labels is not None:
         require_instance("labels", labels, LabelSet, "labels of the set: LabelSet.load(...) opens folders")
@@ -127,7 +145,11 @@ def checked_teaching(
         )
     if labels is not None and labels.kind == "distances" and not isinstance(protocol.distillation, Distances):
         protocol = replace(protocol, distillation=Distances())
+    _check_targets(labels, protocol)
     if labels is not None:
+        weights = labels.heading.weights
+        if len(weights) > 1 and len(set(weights)) == 1:
+            protocol = replace(protocol, vote_temperature=None)
         labels.require(synthetic)
         _check_labels(labels, protocol, mirror_safe=source.mirror_safe)
     if teachers is not None:
@@ -141,7 +163,33 @@ def checked_teaching(
     _check_both(labels, teachers)
     if isinstance(protocol.distillation, Distances) and "whole" in baselines:
         raise InvalidSetting("baselines", baselines, "not the whole training set: distances are asked of small sets")
-    return protocol, Teaching(synthetic, labels, teachers)
+    if labels is not None:
+        weights = labels.heading.weights
+    else:
+        assert teachers is not None
+        weights = voting(teachers, protocol.vote_temperature)
+    return protocol, Teaching(synthetic, labels, teachers, weights)
+
+
+def _check_targets(labels: LabelSet | None, protocol: EvaluationProtocol) -> None:
+    """Refuse labels of views where clean images are labelled, or the other way round, and what goes with no labels."""
+    of_images = protocol.targets == "images"
+    if labels is not None and (labels.kind == "static") != of_images:
+        allowed = "static labels" if of_images else "labels of views, replayed or of distances"
+        raise InvalidSetting(
+            "labels",
+            labels,
+            f"{allowed}, as protocol {protocol.name} has targets={protocol.targets!r}; these are of kind "
+            f"{labels.kind!r}",
+        )
+    if of_images and isinstance(protocol.distillation, Distances):
+        raise InvalidSetting("targets", protocol.targets, "'views': distances are those of a mixed view")
+    if of_images and protocol.teacher_mode == "batch":
+        raise InvalidSetting(
+            "teacher_mode", protocol.teacher_mode, "'eval' with targets='images': clean images are in no mini-batch"
+        )
+    if of_images or isinstance(protocol.distillation, Distances):
+        require_recordable(protocol)
 
 
 def _check_labels(labels: LabelSet, protocol: EvaluationProtocol, *, mirror_safe: bool) -> None:

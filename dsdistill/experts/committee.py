@@ -154,7 +154,7 @@ class Committee(Sequence[Teacher]):
             raise InvalidSetting(
                 "performance",
                 None,
-                f"unknown for {', '.join(unknown)}: measure it with `dsdistill prior`, or vote equally",
+                f"unknown for {', '.join(unknown)}: measure it with `dsdistill prior`, or let all vote alike",
             )
         return torch.tensor([one for one in known if one is not None])
 

@@ -131,13 +131,26 @@ class Growing:
             raise OutputConflict(
                 folder, f"holds labels that differ in {', '.join(other)}; choose another folder, or the same settings"
             )
-        self.heading = found
+        asked, self.heading = self.heading, found
         for name, entry in files.items():
             if self._whole(folder, manifest, name):
                 self._files[name] = entry
         self._done = done and not self.missing
         if self._files and self.missing:
             logger.info("%s: %d of %d files are there already", folder, len(self._files), len(found.names))
+            self._warn_of_execution(folder, asked)
+
+    def _warn_of_execution(self, folder: Path, asked: Heading) -> None:
+        """Files that are made otherwise may differ in their last bits from those that an unbroken call would make."""
+        before, now = self.heading.execution, asked.execution
+        changed = [f"{key} {before.get(key)}, now {now.get(key)}" for key in now if before.get(key) != now.get(key)]
+        if changed:
+            logger.warning(
+                "%s: the files that are there were made with %s: what is added may differ in the last bits from what "
+                "one call would have made",
+                folder,
+                "; ".join(changed),
+            )
 
     def _whole(self, folder: Path, manifest: Mapping[str, Any], name: str) -> bool:
         try:

@@ -39,7 +39,7 @@ from dsdistill.relabelling.lessons import Lessons, interpolated, replayed
 from dsdistill.relabelling.record import EpochRecord
 from dsdistill.relabelling.replay import Replay
 from dsdistill.synthetic import SyntheticDataset
-from dsdistill.training import Lesson, TrainingRecipe
+from dsdistill.training import Lesson, TrainingRecipe, TrainingSet
 
 Files = Mapping[str, Mapping[str, Any]]
 """Name -> {"bytes", "sha256"}."""
@@ -251,7 +251,7 @@ class LabelSet:
             return lambda epoch: self._replayed(images, targets, classes, epoch)
         if recipe is None or rng is None:
             raise InvalidSetting("recipe", recipe, "static labels need a recipe and an rng: which views are shown")
-        return interpolated(images, targets, self.static().to(device), recipe, rng, len(self.classes))
+        return interpolated(TrainingSet.of(images, targets), self.static().to(device), recipe, rng, len(self.classes))
 
     def _replayed(self, images: Tensor, targets: Tensor, classes: Tensor, epoch: int) -> Iterator[Lesson]:
         taught = self.epoch(epoch)

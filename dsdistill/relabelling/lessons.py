@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dsdistill.core.rng import Rng
 from dsdistill.relabelling.distances import class_distances, lesson_targets
-from dsdistill.relabelling.record import EpochRecord, require_recordable
-from dsdistill.training import Lesson, TrainingRecipe
+from dsdistill.relabelling.record import EpochRecord, blended, mixed, require_recordable, viewed
+from dsdistill.training import Lesson, TrainingRecipe, TrainingSet
 
 Lessons = Callable[[int], Iterator[Lesson]]
 """The mini-batches of an epoch."""
@@ -45,12 +45,10 @@ def replayed(
             yield Lesson(lesson.images[rows], lesson.targets[rows], classes)
 
 
-def interpolated(
-    images: Tensor, targets: Tensor, logits: Tensor, recipe: TrainingRecipe, rng: Rng, num_classes: int
-) -> Lessons:
+def interpolated(data: TrainingSet, logits: Tensor, recipe: TrainingRecipe, rng: Rng, num_classes: int) -> Lessons:
     """Epochs drawn anew, labelled by the logits (N, K) of the clean images, which are mixed as the pixels are (UFC).
 
-    Logits are, not probabilities: the softmax comes after.
+    Logits are, not probabilities: the softmax comes after. ``data`` has one image an item; logits are on its device.
 
     Raises:
         InvalidSetting: the recipe's views cannot be recorded.
@@ -59,7 +57,7 @@ def interpolated(
     def label(record: EpochRecord, number: int, _: Tensor) -> Tensor:
         return record.labels(number, logits, num_classes)
 
-    return _drawn(images, targets, recipe, rng, num_classes, label)
+    return _drawn(data, recipe, rng, num_classes, label)
 
 
 def measured(
@@ -89,25 +87,23 @@ def measured(
         own, partner = record.pairs(number, targets)
         return lesson_targets(class_distances(teacher(shown), own, partner), own, partner)
 
-    return _drawn(images, targets, recipe, rng, num_classes, label)
+    return _drawn(TrainingSet.of(images, targets), recipe, rng, num_classes, label)
 
 
 def _drawn(
-    images: Tensor,
-    targets: Tensor,
+    data: TrainingSet,
     recipe: TrainingRecipe,
     rng: Rng,
     num_classes: int,
     label: Callable[[EpochRecord, int, Tensor], Tensor],
 ) -> Lessons:
-    count, (_, channels, height, width) = len(images), images.shape
-    shape = (channels, height, width)
     require_recordable(recipe)
 
     def lessons(epoch: int) -> Iterator[Lesson]:
-        record = EpochRecord.draw(recipe, count, shape, rng, epoch)
-        for number in range(len(record)):
-            shown = record.shown(images, number)
-            yield Lesson(shown, label(record, number, shown), record.labels(number, targets, num_classes))
+        record = EpochRecord.draw(recipe, data.size, data.shape, rng, epoch)
+        for number, show in enumerate(record.batches()):
+            images, targets = data.fetch(show.rows.to(data.device, non_blocking=True))
+            shown = mixed(viewed(images, show.views, recipe), show.mix, recipe)
+            yield Lesson(shown, label(record, number, shown), blended(targets, show.mix, recipe, num_classes))
 
     return lessons

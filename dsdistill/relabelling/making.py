@@ -90,8 +90,10 @@ def relabel(
         codec: "float16", "float32", "uint8", "topk", or an instance; see `dsdistill.relabelling.codecs`.
         teacher_mode: "eval": running statistics. "batch": those of each of ``recipe.sub_batches`` parts of a
             mini-batch (batch-specific soft labels). None for that of a protocol, and for "eval" with a plain recipe.
-        temperature: of the vote, softmax(performance / temperature); None: all members alike.
-        calibration: `FerKD` for views that are not worth a teacher's word; of recipes that do not mix.
+        temperature: of the vote, softmax(performance / temperature). None for the ``vote_temperature`` of a protocol,
+            where that is None too and with a plain recipe or none all members are alike.
+        calibration: `FerKD` for views that are not worth a teacher's word; of recipes that do not mix, and not beside
+            teacher_mode "batch".
         records: "stored", or "drawn" anew at every reading: two thirds less beside few classes, but bound to what
             torch draws from a seed. None: drawn for distances, else stored.
         mirror_safe: whether a mirrored image keeps its class; None for what the set says of its real data.

@@ -62,7 +62,7 @@ def planned(
             {"name": one.name, "network": to_dict(one.spec), "digest": one.digest, "accuracy": one.accuracy}
             for one in committee
         ),
-        weights=voting(committee, asked.temperature),
+        weights=voting(committee, _temperature(asked)),
         teacher_mode=_mode(asked),
         recipe=recipe,
         epochs=None if recipe is None else recipe.epochs,
@@ -98,13 +98,34 @@ def require_teachers(committee: Committee, synthetic: SyntheticDataset) -> None:
 
 
 def voting(committee: Committee, temperature: float | None) -> tuple[float, ...]:
-    """Weights of the members, of sum 1: softmax(performance / temperature); equal where there is none."""
+    """Weights of the members, of sum 1: softmax(performance / temperature); equal where there is no temperature.
+
+    Raises:
+        InvalidSetting: the temperature is not positive, or one of several members has no known performance.
+    """
     if temperature is None:
         return (1 / len(committee),) * len(committee)
     if not temperature > 0:
-        raise InvalidSetting("temperature", temperature, "a positive number, or None: all members alike")
+        raise InvalidSetting("temperature", temperature, "a positive number, or None")
+    unknown = [member.name for member in committee if member.performance is None]
+    if unknown and len(committee) > 1:
+        raise InvalidSetting(
+            "vote temperature",
+            temperature,
+            f"none, as long as the prior performance of {', '.join(unknown)} is unknown: measure it with `dsdistill "
+            "prior`, or let all vote alike, replace(protocol, vote_temperature=None) or `dsdistill relabel "
+            "--temperature equal`",
+        )
     weights: Tensor = committee.weights(temperature)
     return tuple(weights.tolist())
+
+
+def _temperature(asked: Asked) -> float | None:
+    """Of the vote; as `_mode`."""
+    if asked.temperature is not None:
+        return asked.temperature
+    found: float | None = getattr(asked.recipe, "vote_temperature", None)
+    return found
 
 
 def _mode(asked: Asked) -> Literal["eval", "batch"]:
@@ -137,6 +158,10 @@ def _check_kind(asked: Asked, recipe: TrainingRecipe | None, codec: Codec) -> No
         raise InvalidSetting("kind", asked.kind, "a recipe that mixes: distances are to two classes")
     if asked.kind == "static" and asked.epochs is not None:
         raise InvalidSetting("epochs", asked.epochs, "none: static labels are made once, for any number of epochs")
+    if asked.kind != "static" and getattr(asked.recipe, "targets", "views") == "images":
+        raise InvalidSetting(
+            "kind", asked.kind, "'static': the protocol has targets='images'; or replace(protocol, targets='views')"
+        )
     if asked.calibration is None:
         return
     if asked.kind != "replayed" or recipe is None or recipe.mix is not None:
@@ -145,4 +170,11 @@ def _check_kind(asked: Asked, recipe: TrainingRecipe | None, codec: Codec) -> No
             asked.calibration,
             "labels of kind 'replayed' for a recipe that does not mix (mix=None): a mixed view has no class of its own "
             "to be confident in",
+        )
+    if _mode(asked) == "batch":
+        raise InvalidSetting(
+            "teacher_mode",
+            "batch",
+            "'eval' beside a calibration: networks see a mini-batch without the views that it leaves out, and split it "
+            "into other parts than those whose statistics the teachers took",
         )

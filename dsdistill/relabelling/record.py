@@ -177,10 +177,7 @@ class EpochRecord:
             (B, K), weighted by the share of pixels; (B,) where classes are given and nothing is mixed.
         """
         show = self.batch(number)
-        own = targets[show.rows.to(targets.device, non_blocking=True)]
-        if show.mix is None or self.recipe.mix is None or show.mix.share == 1:
-            return own
-        return self.recipe.mix.targets(own, show.mix, num_classes)
+        return blended(targets[show.rows.to(targets.device, non_blocking=True)], show.mix, self.recipe, num_classes)
 
     def pairs(self, number: int, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Classes (B,) of the images of mini-batch ``number``, and of their partners, of (N,) classes of all images."""
@@ -197,6 +194,13 @@ def viewed(images: Tensor, views: CropViews | None, recipe: TrainingRecipe) -> T
 def mixed(images: Tensor, mix: MixViews | None, recipe: TrainingRecipe) -> Tensor:
     """Images (B, C, H, W) of a mini-batch, mixed."""
     return images if mix is None or recipe.mix is None else recipe.mix.apply(images, mix)
+
+
+def blended(own: Tensor, mix: MixViews | None, recipe: TrainingRecipe, num_classes: int) -> Tensor:
+    """Labels of a mini-batch, (B,) classes or (B, K), mixed as `mixed` does its pixels; see `EpochRecord.labels`."""
+    if mix is None or recipe.mix is None or mix.share == 1:
+        return own
+    return recipe.mix.targets(own, mix, num_classes)
 
 
 def layout(

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from relabelling.makers import make_teacher
@@ -53,6 +55,31 @@ def test_labels_are_what_the_library_makes(folders, tmp_path, capsys):
     assert (read.heading.teacher_mode, read.batch_size, read.heading.codec) == ("batch", 16, Float(16))
     told = answer(capsys, *command(folders, "--temperature", 10, "--seed", 4, "--out", tmp_path / "labels"))
     assert told["bytes"] == made.nbytes
+
+
+def test_the_vote_is_the_protocols_or_equal(folders, tmp_path, capsys):
+    told = answer(capsys, *command(folders, "--out", tmp_path / "labels"))
+    assert told["weights"] == Committee.load(folders[1]).weights(10.0).tolist()
+    told = answer(capsys, *command(folders, "--temperature", "equal", "--out", tmp_path / "equal"))
+    assert told["weights"] == [0.5, 0.5]
+    one = Committee.load(folders[1])[1]
+    replace(one, performance=None).save(folders[1] / "teacher1")
+    assert run(*command(folders, "--out", tmp_path / "none")) == 2
+    said = capsys.readouterr().err
+    assert "dsdistill prior" in said
+    assert "--temperature equal" in said
+    assert run(*command(folders, "--temperature", "equal", "--out", tmp_path / "none")) == 0
+
+
+def test_the_commands_of_the_page_of_nrrdd_run(folders, images, tmp_path):
+    page = (Path(dd.__file__).parents[1] / "docs" / "methods" / "nrrdd.md").read_text(encoding="utf-8")
+    taken = [line.split("--protocol ")[1].split()[0] for line in page.splitlines() if "--protocol " in line]
+    assert len(taken) == 2
+    assert len(set(taken)) == 1
+    labels, given = tmp_path / "labels", ["--teachers", folders[1], "--protocol", taken[0], "--device", "cpu"]
+    assert run("relabel", folders[0], *given, "--epochs", 1, "--kind", "distances", "--out", labels) == 0
+    few = ["--epochs", 1, "--repeats", 1, *SMALL]
+    assert run("evaluate", folders[0], "--data", images, "--labels", labels, *given, *few) == 0
 
 
 def test_a_dry_run_tells_bytes_and_time_and_writes_nothing(folders, tmp_path, capsys):

@@ -121,6 +121,12 @@ def test_the_rows_of_the_decoupled_line_are_the_published_ones(name):
     assert (row.warmup, row.warmup_start) == (5 if name == "sre2l_tiny" else 0, 0.01)
 
 
+def test_cvdd_votes_by_its_priors_and_ufc_labels_clean_images():
+    known = [get_protocol(name) for name in list_protocols()]
+    assert [(row.name, row.vote_temperature) for row in known if row.vote_temperature is not None] == [("cvdd", 10.0)]
+    assert [row.name for row in known if row.targets == "images"] == ["ufc_static"]
+
+
 def test_the_step_size_of_rded_ends_at_half_and_that_of_sre2l_at_nothing():
     for name, ends in (("rded", 0.5026), ("sre2l", 0.0)):
         row = get_protocol(name)
@@ -215,6 +221,8 @@ def test_milestones_are_exact_fractions(epochs, percent):
         ("mix", "cutmix"),
         ("optimizer", "lion"),
         ("teacher_mode", "train"),
+        ("targets", "pixels"),
+        ("vote_temperature", 0.0),
         ("validation_fraction", 1.0),
         ("validation_checks", 0),
         ("name", 3),

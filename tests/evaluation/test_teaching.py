@@ -16,6 +16,7 @@ from dsdistill.evaluation import scorer as scorer_module
 from dsdistill.experts import Committee
 from dsdistill.relabelling import Distances, relabel
 from dsdistill.relabelling.distances import class_distances
+from dsdistill.relabelling.record import EpochRecord
 from dsdistill.training import Distillation
 from dsdistill.training.batches import epochs_of
 
@@ -30,6 +31,7 @@ QUICK = EvaluationProtocol(
     sub_batches=2,
     distillation=Distillation(temperature=4.0),
 )
+CLEAN = replace(QUICK, augmentation=PadCrop(pad=2), mix=Mixup(), epochs=50, targets="images")
 ROWS = ["synthetic", "synthetic, hard", "random", "random, hard"]
 
 
@@ -130,14 +132,72 @@ def test_teachers_vote_on_real_images_as_they_did_on_the_set(synthetic, source, 
 
 
 def test_static_labels_are_mixed_under_the_protocols_views(synthetic, source, committee, trained):
-    protocol = replace(QUICK, augmentation=PadCrop(pad=2), mix=Mixup(), epochs=50)
     labels = label(synthetic, committee, None, kind="static", codec="float32")
-    run(synthetic, source, protocol=protocol, labels=labels, teachers=committee, repeats=2)
+    run(synthetic, source, protocol=CLEAN, labels=labels, teachers=committee, repeats=2)
     first, second = trained[0], trained[4]
     rng = Rng(0, job="repeat/0")
-    assert same(first[4], labels.lessons(synthetic, recipe=protocol, rng=rng)(0))
+    assert same(first[4], labels.lessons(synthetic, recipe=CLEAN, rng=rng)(0))
     assert not torch.equal(first[4][0].images, second[4][0].images)
     assert labels.static().min() <= first[4][0].targets.min()
+
+
+def test_real_images_have_static_labels_where_the_set_has_them(synthetic, source, committee, trained):
+    labels = label(synthetic, committee, None, kind="static", codec="float32", temperature=10.0)
+    options = {"protocol": CLEAN, "labels": labels, "teachers": committee, "baselines": ("random", "whole")}
+    run(synthetic, source, **options)
+    for data, _, _, teacher, lessons in (trained[2], trained[4]):
+        assert teacher is None
+        images, classes = data.fetch(torch.arange(data.size))
+        told = committee.logits(images, committee.weights(10.0))
+        record = EpochRecord.draw(CLEAN, data.size, source.shape, Rng(0, job="repeat/0"), 0)
+        assert len(lessons) == len(record)
+        for number, lesson in enumerate(lessons):
+            assert torch.equal(lesson.images, record.shown(images, number))
+            assert torch.allclose(lesson.targets, record.labels(number, told, 3), atol=1e-5)
+            assert torch.equal(lesson.classes, record.labels(number, classes, 3))
+    assert not torch.allclose(trained[2][4][0].targets, committee.logits(trained[2][4][0].images), atol=0.1)
+
+
+def test_teachers_alone_are_asked_about_clean_images_once(synthetic, source, trained, monkeypatch):
+    committee, asked, logits = make_committee(source), [], Committee.logits
+
+    def counted(self, images, *arguments, **options):
+        asked.append(len(images))
+        return logits(self, images, *arguments, **options)
+
+    labels = label(synthetic, committee, None, kind="static", codec="float32")
+    monkeypatch.setattr(Committee, "logits", counted)
+    run(synthetic, source, protocol=CLEAN, teachers=committee, repeats=2, baselines=("random", "whole"))
+    assert sorted(asked) == [9, 9, 9, 36]  # the set, the random images of each network, the whole data
+    expected = labels.lessons(synthetic, recipe=CLEAN, rng=Rng(0, job="repeat/0"))(0)
+    for lesson, other in zip(trained[0][4], expected, strict=True):
+        assert torch.equal(lesson.images, other.images)
+        assert torch.allclose(lesson.targets, other.targets, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [10.0, None])
+def test_teachers_vote_as_the_protocol_says(temperature, synthetic, source, committee, trained):
+    protocol = replace(QUICK, vote_temperature=temperature)
+    result = run(synthetic, source, teachers=committee, protocol=protocol)
+    weights = torch.tensor([0.5, 0.5]) if temperature is None else committee.weights(temperature)
+    for record in (trained[0], trained[2]):
+        for lesson in record[4]:
+            assert torch.allclose(lesson.targets, committee.logits(lesson.images, weights), atol=1e-6)
+    assert result.to_json()["teaching"]["weights"] == pytest.approx(weights.tolist())
+
+
+def test_a_vote_needs_the_priors_of_several(synthetic, source, committee, trained):
+    unknown = [replace(one, performance=None) for one in committee]
+    voting = replace(QUICK, vote_temperature=10.0)
+    with pytest.raises(InvalidSetting, match=r"of teacher0, teacher1 is unknown.*dsdistill prior.*vote_temperature=No"):
+        run(synthetic, source, teachers=Committee(unknown), protocol=voting)
+    assert not trained
+    run(synthetic, source, teachers=Committee(unknown[:1]), protocol=voting)
+    equal = label(synthetic, Committee(unknown))
+    result = run(synthetic, source, labels=equal, teachers=Committee(unknown), protocol=voting)
+    assert result.protocol == QUICK  # what the score says it was made with
+    alone = Committee(unknown[:1])
+    assert run(synthetic, source, labels=label(synthetic, alone), teachers=alone, protocol=voting).protocol == voting
 
 
 def test_distances_are_learned_with_their_own_loss(synthetic, source, committee, trained):
@@ -267,6 +327,31 @@ def test_labels_of_another_training_are_refused(change, message, synthetic, sour
             teachers=committee,
             protocol=replace(QUICK, **change),
         )
+    assert not trained
+
+
+def test_labels_of_the_other_kind_are_refused(synthetic, source, committee, trained):
+    static = label(synthetic, committee, None, kind="static")
+    for labels, protocol, message in (
+        (static, QUICK, r"labels of views.* targets='views'; these are of kind 'static'"),
+        (label(synthetic, committee), CLEAN, r"static labels.* targets='images'; these are of kind 'replayed'"),
+    ):
+        with pytest.raises(InvalidSetting, match=message):
+            run(synthetic, source, labels=labels, teachers=committee, protocol=protocol)
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_mode": "batch"}, r"teacher_mode = 'batch' .*clean images are in no mini-batch"),
+        ({"distillation": Distances()}, "targets = 'images' .*of a mixed view"),
+        ({"augmentation": Siamese()}, "ResizedCrop and PadCrop"),
+    ],
+)
+def test_what_clean_images_do_not_go_with_is_refused(change, message, synthetic, source, committee, trained):
+    with pytest.raises(InvalidSetting, match=message):
+        run(synthetic, source, teachers=committee, protocol=replace(CLEAN, **change))
     assert not trained
 
 

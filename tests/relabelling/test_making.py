@@ -23,6 +23,7 @@ from dsdistill.errors import (
     Stopped,
     UnknownName,
 )
+from dsdistill.evaluation import get_protocol
 from dsdistill.experts import Committee
 from dsdistill.relabelling import FerKD, LabelSet, TopK, estimate_labels, relabel
 from dsdistill.relabelling.labeller import Labeller
@@ -154,6 +155,41 @@ def test_labels_of_another_make_are_not_continued(options, what, made, committee
     assert content(tmp_path / "labels") == before
 
 
+def test_labels_that_go_on_elsewhere_are_told_apart(made, committee, tmp_path, caplog):
+    label(made, committee, out=tmp_path / "labels", chunk=8)
+    (tmp_path / "labels" / "epoch-00001.safetensors").unlink()
+    label(made, committee, out=tmp_path / "labels", chunk=8)
+    assert "last bits" not in caplog.text
+    (tmp_path / "labels" / "epoch-00001.safetensors").unlink()
+    labels = label(made, committee, out=tmp_path / "labels", chunk=4)
+    assert "were made with chunk 8, now 4: what is added may differ in the last bits" in caplog.text
+    assert labels.heading.execution["chunk"] == 8
+
+
+def test_a_protocols_vote_is_taken_unless_another_is_asked_for(made, committee):
+    voting = replace(get_protocol("cvdd"), epochs=1)
+    for recipe, options, temperature in [
+        (voting, {}, 10.0),
+        (voting, {"temperature": 3.0}, 3.0),
+        (voting, {"kind": "static"}, 10.0),
+    ]:
+        weights = label(made, committee, recipe, **options).heading.weights
+        assert weights == tuple(committee.weights(temperature).tolist())
+        assert weights[0] < weights[1]
+    for recipe in (replace(voting, vote_temperature=None), CUT):
+        assert label(made, committee, recipe).heading.weights == (0.5, 0.5)
+
+
+def test_a_vote_needs_the_priors_of_several(made, committee, begun):
+    unknown = Committee([committee[0], replace(committee[1], performance=None)])
+    voting = replace(get_protocol("cvdd"), epochs=1)
+    with pytest.raises(InvalidSetting, match=r"of teacher1 is unknown.*dsdistill prior.*vote_temperature=None.*equal"):
+        label(made, unknown, voting)
+    assert begun == []
+    alone = label(made, Committee([replace(committee[0], performance=None)]), voting)
+    assert alone.heading.weights == (1.0,)
+
+
 def test_folders_of_others_are_left_alone(made, committee, tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(OutputConflict, match="is not empty and holds no labels"):
@@ -253,6 +289,12 @@ def test_the_log_tells_bytes_and_time(made, committee, caplog):
         ({"recipe": "cvdd"}, InvalidSetting, "recipe = 'cvdd'"),
         ({"recipe": replace(CUT, augmentation=Siamese())}, InvalidSetting, "ResizedCrop and PadCrop"),
         ({"calibration": FerKD()}, InvalidSetting, "does not mix"),
+        (
+            {"calibration": FerKD(), "teacher_mode": "batch", "recipe": replace(CUT, mix=None)},
+            InvalidSetting,
+            "teacher_mode = 'batch' .*'eval' beside a calibration",
+        ),
+        ({"recipe": get_protocol("ufc_static")}, InvalidSetting, "kind = 'replayed' .*'static'"),
         ({"kind": "static", "recipe": None, "epochs": 3}, InvalidSetting, "static labels are made once"),
         ({"kind": "distances", "codec": "uint8"}, InvalidSetting, "distances are stored as float32 or float16"),
         ({"kind": "distances", "recipe": replace(CUT, mix=None)}, InvalidSetting, "a recipe that mixes"),
