@@ -100,7 +100,7 @@ class Committee(Sequence[Teacher]):
         """The teacher of a folder, or those of the folders in it: as they were trained, further ones by name.
 
         Raises:
-            BadArtifact: there is none, or one is damaged.
+            BadArtifact: there is none, one is damaged, or one that was named when they were trained is not finished.
         """
         folder = Path(folder)
         if (folder / MANIFEST).exists():
@@ -109,6 +109,13 @@ class Committee(Sequence[Teacher]):
         if not places:
             raise BadArtifact(folder, f"holds no teacher: no {MANIFEST} here or in a folder below (dsdistill teachers)")
         order = {name: place for place, name in enumerate(trained_order(folder))}
+        unfinished = sorted(order.keys() - {place.name for place in places})
+        if unfinished:
+            raise BadArtifact(
+                folder,
+                f"is a committee without {', '.join(unfinished)}, whose training is not finished: run the same "
+                f"`dsdistill teachers` again, or take the name out of {ORDER}",
+            )
         places.sort(key=lambda place: order.get(place.name, len(order)))
         return cls([Teacher.load(place, device) for place in places])
 

@@ -127,6 +127,14 @@ def test_members_have_the_order_in_which_they_were_trained(source, committee, tm
         Committee.load(tmp_path)
 
 
+def test_half_a_committee_is_refused(source, committee, tmp_path):
+    committee[0].save(tmp_path / committee[0].name)
+    storage.write_json(tmp_path / "committee.json", [committee[0].name, committee[1].name])
+    with pytest.raises(BadArtifact, match=f"without {committee[1].name}, whose training is not finished"):
+        Committee.load(tmp_path)
+    assert len(Committee.load(tmp_path / committee[0].name)) == 1
+
+
 def test_every_member_is_checked(source, committee):
     committee.check(source)
     with pytest.raises(BadData, match="other classes"):
