@@ -106,6 +106,9 @@ def train_teachers(
     resolved = resolve_device(device)
     for spec in networks:
         spec.require((), source.shape, source.num_classes)
+        blank = spec.build(source.shape, source.num_classes, generator=torch.Generator().manual_seed(0), device="cpu")
+        if not has_batchnorm(blank):
+            raise InvalidSetting("networks", spec.name, "a teacher needs batch normalisation: choose another network")
     settle_allocator(resolved)
     stop = StopRequest(active=True)
 
