@@ -155,7 +155,7 @@ def test_teachers_ahead_are_in_folders_by_name_and_found_again(source, tmp_path,
 
 def test_networks_are_looked_at_before_any_is_trained(source, tmp_path):
     with pytest.raises(InvalidSetting, match="'convnet' is not valid: a teacher needs batch normalisation"):
-        train_teachers(source, [SPECS[0], NetworkSpec(width=4, depth=1)], tmp_path, RECIPE, device="cpu")
+        train_teachers(source, [SPECS[0], NetworkSpec(width=5, depth=1)], tmp_path, RECIPE, device="cpu")
     assert not list(tmp_path.iterdir())
 
 
