@@ -88,6 +88,11 @@ def _relabel(config: Namespace) -> Any:
     if config.temperature == "equal":
         asked["vote_temperature"] = None
     recipe = None if config.kind == "static" else replace(get_protocol(config.protocol), **asked)
+    if recipe is not None and recipe.distillation is None:
+        allowed = (
+            "one whose networks learn from teachers (cvdd, sre2l, rethinking_soft, ...); these learn classes alone"
+        )
+        raise InvalidSetting("--protocol", config.protocol, allowed)
     options = {
         **{name: config[name] for name in ("kind", "calibration", "records", "seed")},
         "temperature": None if config.temperature == "equal" else config.temperature,

@@ -30,6 +30,9 @@ from dsdistill.networks import MeasuredNetwork
 from dsdistill.parameterizations import Parameterization
 from dsdistill.synthetic import SyntheticDataset
 
+LEAST_SHARE = 0.08
+"""Smallest share of an image that a crop may be of, as in the library's random resized crop."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting(Synthesizer):
@@ -99,7 +102,7 @@ class Fitting(Synthesizer):
 
     def least_share(self, iteration: int) -> float:
         """Smallest share of an image that a crop may be of."""
-        return 0.08
+        return LEAST_SHARE
 
     def views(self, run: Run, iteration: int) -> ResizedCrop:
         """What a step may see of the images."""
@@ -142,6 +145,17 @@ class Fitting(Synthesizer):
             channels = torch.tensor(teacher.channels, device=factors.device)
             factors = factors / (channels.sqrt() * len(factors))
         return entropy, (distances @ factors).sum()
+
+
+def group_key(first: str, count: int) -> str:
+    """Of a job of so many consecutive problems, by the key of the first: short, as it names a folder."""
+    return first if count == 1 else f"{first}x{count}"
+
+
+def first_and_count(key: str) -> tuple[str, int]:
+    """Inverse of `group_key`."""
+    first, _, count = key.partition("x")
+    return first, int(count or 1)
 
 
 def usual_shift(side: int) -> int:

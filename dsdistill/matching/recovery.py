@@ -29,7 +29,15 @@ from dsdistill.engine import Job, Metrics, Run, State
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts import Committee
 from dsdistill.labels import HardLabels
-from dsdistill.matching.fitting import Fitting, measured, reported, sought, view_of_each
+from dsdistill.matching.fitting import (
+    Fitting,
+    first_and_count,
+    group_key,
+    measured,
+    reported,
+    sought,
+    view_of_each,
+)
 from dsdistill.matching.patches import middling_mosaics
 from dsdistill.objectives import total_variation
 from dsdistill.parameterizations import Parameterization, Pixels
@@ -85,7 +93,10 @@ class ByProblem(Fitting):
                 else:
                     made.append([problem])
         return [
-            Job("+".join(map(key_of, group)), tuple(sorted({label for one in group for label in one.classes})))
+            Job(
+                group_key(key_of(group[0]), len(group)),
+                tuple(sorted({label for one in group for label in one.classes})),
+            )
             for group in made
         ]
 
@@ -95,9 +106,15 @@ class ByProblem(Fitting):
 
     def problems(self, run: Run, key: str) -> list[Problem]:
         """Those of a job, by its key."""
-        every = range(run.source.num_classes)
-        pairs = [tuple(map(int, one.split("-"))) for one in key.split("+")]
-        return [Problem(index, tuple(every[first : first + self.classes_together])) for index, first in pairs]
+        first, count = first_and_count(key)
+        index, begin = map(int, first.split("-"))
+        every, size = range(run.source.num_classes), self.classes_together
+        chunks = -(-len(every) // size)
+        places = range(index * chunks + begin // size, index * chunks + begin // size + count)
+        return [
+            Problem(place // chunks, tuple(every[place % chunks * size : (place % chunks + 1) * size]))
+            for place in places
+        ]
 
     def start(self, run: Run, job: Job) -> State:
         problems = self.problems(run, job.key)
@@ -142,6 +159,10 @@ class Recovery(ByProblem):
     """Weight of the mean norm of the images."""
     init: Literal["noise", "patches"] = "noise"
     """Where images start: from N(0, 1), or from mosaics of real patches of middling difficulty (SRe2L++, CV-DD)."""
+
+    @abstractmethod
+    def least_share(self, iteration: int) -> float:
+        """What each paper has of its own: the smallest share of an image that a crop may be of."""
 
     def first_images(self, run: Run, problem: Problem) -> Tensor:
         rng = rng_of(run, problem)

@@ -29,6 +29,7 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Preset, Run
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts import RECIPES, Committee, Teachers
+from dsdistill.matching.fitting import LEAST_SHARE
 from dsdistill.matching.recovery import Recovery, Voter
 from dsdistill.networks import NetworkSpec
 
@@ -85,6 +86,9 @@ class CVDD(Recovery):
                 self.drawn,
                 f"the committee has {len(self.teachers.networks)}: name more teachers.networks",
             )
+
+    def least_share(self, iteration: int) -> float:
+        return LEAST_SHARE
 
     def prepare(self, run: Run) -> None:
         committee = Committee.of(run, self.teachers)

@@ -39,7 +39,15 @@ from dsdistill.engine import Job, Metrics, Preset, Run, State
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.experts import Committee, Teacher, Teachers
 from dsdistill.labels import HardLabels
-from dsdistill.matching.fitting import Fitting, measured, reported, sought, view_of_each
+from dsdistill.matching.fitting import (
+    Fitting,
+    first_and_count,
+    group_key,
+    measured,
+    reported,
+    sought,
+    view_of_each,
+)
 from dsdistill.networks import NetworkSpec
 from dsdistill.parameterizations import Compensated
 
@@ -144,7 +152,7 @@ class INFER(Fitting):
         every = range(real_per_class(self.ipc, run.source.num_classes, self._each(run)))
         size = self.problems_together
         parts = [every[begin : begin + size] for begin in range(0, len(every), size)]
-        return [Job("+".join(f"{index:04d}" for index in part), run.classes) for part in parts]
+        return [Job(group_key(f"{part[0]:04d}", len(part)), run.classes) for part in parts]
 
     def start(self, run: Run, job: Job) -> State:
         source, indices = run.source, _indices(job.key)
@@ -202,4 +210,5 @@ def real_per_class(ipc: int, num_classes: int, compensators: int) -> int:
 
 def _indices(key: str) -> list[int]:
     """Those of a job, by its key."""
-    return [int(one) for one in key.split("+")]
+    first, count = first_and_count(key)
+    return list(range(int(first), int(first) + count))

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from dsdistill.engine import Preset
 from dsdistill.experts import RECIPES, Teachers
+from dsdistill.matching.fitting import LEAST_SHARE
 from dsdistill.matching.recovery import Recovery
 
 _SCRIPTS = "scripts of the authors' code"
@@ -48,3 +49,6 @@ class SRe2L(Recovery):
         "small": Preset("SRe2L++, baseline of CV-DD's code at 32 and 64 pixels", {**_PLUS, "shift": 4}),
         "large": Preset("SRe2L++, baseline of CV-DD's code at 224 pixels", {**_PLUS, "shift": 32}),
     }
+
+    def least_share(self, iteration: int) -> float:
+        return LEAST_SHARE

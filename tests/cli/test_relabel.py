@@ -115,10 +115,17 @@ def test_static_labels_have_no_epochs(folders, tmp_path, capsys):
     assert "static labels are made once" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("protocol", ["rethinking_hard", "dsa"])
+def test_labels_that_no_network_would_learn_are_refused(protocol, folders, tmp_path, capsys):
+    assert run(*command(folders, "--protocol", protocol, "--out", tmp_path / "labels")) == 2
+    assert "learn classes alone" in capsys.readouterr().err
+    assert not (tmp_path / "labels").exists()
+
+
 def test_options_that_say_nothing_are_refused(folders, tmp_path, capsys):
     assert run(*command(folders, "--top", 5, "--out", tmp_path / "labels")) == 2
     assert "topk, if --top or --rest are given" in capsys.readouterr().err
-    assert run(*command(folders, "--protocol", "dsa", "--out", tmp_path / "labels")) == 2
+    assert run(*command(folders, "--protocol", "rded", "--out", tmp_path / "labels")) == 2
     assert "labels are kept for ResizedCrop and PadCrop" in capsys.readouterr().err
     assert run("relabel", folders[0], "--teachers", tmp_path, "--out", tmp_path / "labels") == 6
     assert "holds no teacher" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dsdistill.core.rng import Rng
-from dsdistill.engine import Run, Shared
+from dsdistill.engine import Run, Shared, synthesize
 from dsdistill.engine.run import Execution
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.experts import RECIPES, Committee, Teachers
@@ -168,6 +168,22 @@ def test_problems_are_known_by_the_key_of_their_job(source, committee):
         [Problem(index, classes)] for index in (0, 1) for classes in ((0, 1, 2), (3,))
     ]
     assert key_of(Problem(1, (3,))) == keys[3]
+
+
+@pytest.mark.parametrize("together", [2, 3, 40])
+def test_problems_of_a_group_are_known_by_the_first_and_their_number(together, source, committee):
+    """Also where a group goes from one index to the next; the key names a folder, so it is short."""
+    method, run = replace(SMALL, ipc=50, classes_together=2, problems_together=together), run_of(source)
+    jobs = method.jobs(run)
+    every = [Problem(index, classes) for index in range(50) for classes in ((0, 1), (2, 3))]
+    assert [problem for job in jobs for problem in method.problems(run, job.key)] == every
+    assert max(len(job.key) for job in jobs) < 20
+
+
+def test_many_problems_together_are_kept_in_folders(source, committee, tmp_path):
+    method = replace(SMALL, ipc=60, iterations=1, classes_together=4, problems_together=30)
+    made = synthesize(method, source, device="cpu", out=tmp_path / "run", store=tmp_path / "store", progress=False)
+    assert made.counts == (60, 60, 60, 60)
 
 
 def test_pixels_come_back_to_their_range(source):

@@ -85,3 +85,10 @@ def test_presets_of_dm_are_the_published_settings():
         lr = 10.0 if ipc >= 100 else 1.0
         assert DM.preset(preset) == DM(ipc=ipc, iterations=20_000, real_batch=256, lr_images=lr, momentum=0.5)
     assert DM.preset("cifar10/ipc10", iterations=5) == DM(ipc=10, iterations=5)
+
+
+def test_what_methods_share_is_no_method_itself():
+    from dsdistill.matching.recovery import Recovery
+
+    with pytest.raises(TypeError, match="abstract"):
+        Recovery()

@@ -213,7 +213,7 @@ def test_every_teacher_has_a_compensator_unless_told_otherwise(source, committee
 def test_jobs_are_known_without_teachers(source, monkeypatch):
     monkeypatch.setattr(Committee, "of", lambda run, teachers: pytest.fail("teachers were asked"))
     method = replace(SMALL, ipc=8, compensators=None, problems_together=2)  # ⌊32 / 7⌋ = 4 indices
-    assert [job.key for job in method.jobs(run_of(source))] == ["0000+0001", "0002+0003"]
+    assert [job.key for job in method.jobs(run_of(source))] == ["0000x2", "0002x2"]
 
 
 def test_a_set_is_read_again_and_cut(source, committee, tmp_path):
