@@ -223,6 +223,9 @@ def _scoring(
     seed: int | None,
 ) -> Scoring:
     resolved = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    if resolved.distillation is not None:
+        allowed = "one whose networks learn classes alone (dsa, rethinking_hard, ...): a study has no teachers to ask"
+        raise InvalidSetting("protocol", resolved.name, f"{allowed}; distill here and score with `evaluate`")
     rows = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
     for row in rows:
         if row not in BASELINES:
