@@ -183,5 +183,5 @@ def test_a_small_stem_makes_resnet18_of_the_size_that_papers_state():
 def test_a_stem_is_a_setting_of_torchvision_alone():
     with pytest.raises(InvalidSetting, match="only models of torchvision"):
         NetworkSpec("convnet", stem="small")
-    with pytest.raises(InvalidSetting, match="stride 1 already"):
+    with pytest.raises(InvalidSetting, match="of stride 1: leave stem out"):
         NetworkSpec("torchvision:vgg11_bn", stem="small").build((3, 32, 32), 4, generator=seeded(), device="cpu")

@@ -78,12 +78,20 @@ def test_a_thread_is_stopped_by_the_file(file):
     assert caught == [signal.SIGTERM]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests themselves run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_second_signal_to_a_study_acts_at_once(file):
-    before = signal.getsignal(signal.SIGINT)
     with Interruption(file) as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.signum == signal.SIGINT
         assert file.exists()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
