@@ -18,16 +18,17 @@ Labels: of each mixed view two distances to its classes, in place of all probabi
 (`relabel(kind="distances")`, `dsdistill.relabelling.Distances`).
 
 The authors' constants were not at hand. Inferred are all of: ``threshold`` (ε), ``critical`` (t), ``crops``, ``pool``,
-``factor`` (f, as in RDED), the order of choice, α with m_1 = 10 (as in SRe2L), ``iterations``, ``lr_images``, and the
+``factor`` (f, as in RDED), ``trusted``, the order of choice, α with m_1 = 10 (as in SRe2L), ``iterations``, ``lr_images``, and the
 views (those of SRe2L at larger sizes). They are settings. Departures from the paper beyond that are not known.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from dsdistill.augmentations import ResizedCrop
@@ -62,6 +63,8 @@ class NRRDD(ByProblem):
     """Random crops of each of them (inferred)."""
     critical: Annotated[int, Ge(1)] = 5
     """t, crops of each image that are kept for how much of its activation they hold (inferred)."""
+    trusted: Annotated[float, Ge(0), Lt(1)] = 0.5
+    """Least probability of its class for a patch not to come last; 0 for whatever is recognised least (inferred)."""
 
     def check(self, source: ImageSource) -> None:
         """Refuse what `ByProblem.check` refuses, and classes and pools with too few images for so many patches.
@@ -115,7 +118,7 @@ class NRRDD(ByProblem):
 
     @torch.no_grad()
     def critical_patches(self, run: Run, teacher: Teacher, label: int) -> Patches:
-        """The patch of each image of a pool of one class, the one that the teacher recognises least first."""
+        """The patch of each image of a pool of one class: trusted ones first, those recognised least before others."""
         rng, shape = run.rng.scoped("").within("critical", label), run.source.shape
         factor = self._factor(run.source)
         rows = run.source.per_class_indices([label], self.pool, rng.at("pool"))
@@ -134,9 +137,19 @@ class NRRDD(ByProblem):
         size = (shape[1] // factor, shape[2] // factor)
         repeated = rows.repeat_interleave(self.critical)
         losses = patch_losses(run, teacher, label, repeated, kept.flatten(0, 1), size).view(-1, self.critical)
-        least = losses.argmax(1)
-        highest, order = torch.sort(losses[every[:, 0], least], descending=True, stable=True)
-        return Patches(rows[order.to(rows.device)], kept[every[:, 0], least][order], highest)
+        places = self._places(losses)
+        chosen = places.argmin(1)
+        order = torch.argsort(places[every[:, 0], chosen], stable=True)
+        return Patches(
+            rows[order.to(rows.device)], kept[every[:, 0], chosen][order], losses[every[:, 0], chosen][order]
+        )
+
+    def _places(self, losses: Tensor) -> Tensor:
+        """Numbers that ascend from the patch to take first: up to the limit the highest loss, beyond it the lowest."""
+        if not self.trusted:
+            return -losses
+        limit = -math.log(self.trusted)
+        return torch.where(losses <= limit, limit - losses, losses)
 
     def start(self, run: Run, job: Job) -> State:
         state = super().start(run, job)

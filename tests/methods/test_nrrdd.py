@@ -192,21 +192,35 @@ def slow_choice(method, source, teacher, label, factor):
             patch = cut(run, row[None], boxes[place][None], (size, size))
             framed = pad(patch, (margin, 8 - size - margin) * 2)
             losses.append(float(cross_entropy(teacher.network(framed), torch.tensor([label])).detach()))
-        best = max(range(len(ranked)), key=losses.__getitem__)
+        best = min(range(len(ranked)), key=lambda place: rank(losses[place], method.trusted))
         found.append((losses[best], int(row), boxes[ranked[best]].tolist()))
-    return sorted(found, key=lambda one: -one[0])
+    return sorted(found, key=lambda one: rank(one[0], method.trusted))
 
 
+def rank(loss, trusted):
+    """Trusted patches from the least recognised on, then others from the most recognised on."""
+    return (0, -loss) if math.exp(-loss) >= trusted else (1, loss)
+
+
+@pytest.mark.parametrize("trusted", [0.0, 0.34, 0.99])
 @pytest.mark.parametrize("factor", [1, 2])
 @pytest.mark.parametrize("label", [0, 2])
-def test_patches_hold_what_the_teacher_sees_and_are_recognised_least(factor, label, source, teacher):
-    method = replace(SMALL, factor=factor, ipc=1)
+def test_patches_hold_what_the_teacher_sees_and_are_recognised_least(factor, label, trusted, source, teacher):
+    method = replace(SMALL, factor=factor, ipc=1, trusted=trusted)
     found = method.critical_patches(run_of(source), teacher, label)
     expected = slow_choice(method, source, teacher, label, factor)
     assert found.rows.tolist() == [row for _, row, _ in expected]
     assert found.boxes.tolist() == [box for _, _, box in expected]
     torch.testing.assert_close(found.losses, torch.tensor([loss for loss, _, _ in expected]), rtol=1e-4, atol=1e-5)
-    assert found.losses.tolist() == sorted(found.losses.tolist(), reverse=True)
+    if trusted == 0:
+        assert found.losses.tolist() == sorted(found.losses.tolist(), reverse=True)
+
+
+def test_trusted_patches_come_first_and_each_image_gives_one_if_it_can(source, teacher):
+    """Of losses by hand: 0.2 and 0.6 are trusted at 1/2, 0.8 and 2 are not."""
+    places = replace(SMALL, trusted=0.5)._places(torch.tensor([[0.2, 0.6, 0.8], [2.0, 0.8, 0.9]]))
+    assert places.argmin(1).tolist() == [1, 1]
+    assert places.flatten().argsort().tolist()[:4] == [1, 0, 2, 4]
 
 
 def test_cells_of_mosaics_are_dealt_by_rank(source, teacher):
@@ -250,6 +264,7 @@ def test_defaults_are_the_inferred_ones():
     method = NRRDD()
     assert (method.threshold, method.critical, method.statistics_weight, method.first_layer) == (0.5, 5, 0.01, 10.0)
     assert (method.iterations, method.lr_images, method.pool, method.factor) == (1000, 0.1, 300, None)
+    assert method.trusted == 0.5
 
 
 @pytest.mark.parametrize(
