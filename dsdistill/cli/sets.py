@@ -1,4 +1,4 @@
-"""Verbs on saved sets: inspect, verify, export, import."""
+"""Verbs on what was saved: inspect, verify, export, import."""
 
 import os
 from pathlib import Path
@@ -6,42 +6,21 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from dsdistill.cli import inspect
 from dsdistill.cli.options import Verb, data_arguments, load_source, path_arguments, say, summary
 from dsdistill.errors import BadArtifact, InvalidSetting
 
 _EIGHT_BITS = ("folder", "parquet")  # formats that round
 
 
-def _inspect(config: Namespace) -> Any:
-    import dsdistill as dd
-    from dsdistill.exchange.report import shown_learned
-
-    synthetic = dd.SyntheticDataset.load(config.path)  # checks every byte
-    recipe, learned = synthetic.recipe, synthetic.learned
-    lines = [
-        repr(synthetic),
-        f"classes        {', '.join(synthetic.classes[:20])}{' ...' if len(synthetic.classes) > 20 else ''}",
-        f"normalization  {synthetic.normalization}",
-        f"source         {recipe.source.get('name')}, fingerprint {recipe.source.get('fingerprint')}",
-        f"seed           {recipe.seed}",
-        f"method         {recipe.method.get('type')}",
-        *(f"learned        {told}" for told in shown_learned(learned)),
-        *(f"setting        {key} = {value}" for key, value in recipe.method.items() if key != "type"),
-        *(f"version        {name} {number}" for name, number in recipe.versions.items()),
-        *(f"note           {note}" for note in recipe.notes),
-        "all files match their sha256",
-    ]
-    say(config, "\n".join(lines))
-    numbers = {name: tensor.item() for name, tensor in learned.items() if tensor.numel() == 1}
-    return {**summary(config.path), "learned": numbers}
-
-
 def _verify_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("path", type=Path, help="Folder of a synthetic set, or of a run, finished or not.")
+    parser.add_argument(
+        "path", type=Path, help="Folder of a set, of a run, finished or not, of a study, of labels, or of teachers."
+    )
 
 
 def _verify(config: Namespace) -> Any:
-    from dsdistill.engine.verify import verify
+    from dsdistill.studies.verify import verify
 
     if not os.path.exists(config.path):
         raise BadArtifact(config.path, "there is no such file or folder")
@@ -152,14 +131,14 @@ def _stated(config: Namespace) -> Any:
 
 VERBS = {
     "inspect": Verb(
-        "Check a synthetic set and say what it is and how it was made.",
-        "  dsdistill inspect runs/dm",
-        path_arguments,
-        _inspect,
+        "Check a set, labels or teachers, and say what they are and how they were made.",
+        "  dsdistill inspect runs/dm\n  dsdistill inspect labels/sre2l\n  dsdistill inspect teachers --json",
+        inspect.arguments,
+        inspect.run,
     ),
     "verify": Verb(
-        "Check every byte of a set, or of a run with its checkpoints.",
-        "  dsdistill verify runs/dm",
+        "Check every byte of a set, a run with its checkpoints, a study, labels, or teachers.",
+        "  dsdistill verify runs/dm\n  dsdistill verify labels/sre2l",
         _verify_arguments,
         _verify,
     ),

@@ -44,10 +44,10 @@ def verify(path: str | Path) -> list[Finding]:
     findings = [finding for place in sets if os.path.exists(place / MANIFEST) for finding in _set(place)]
     if os.path.exists(folder / "run" / "run.json"):
         record = folder / "run" / "run.json"
-        findings.append(_checked(record, "record of the run", partial(storage.read_manifest, record)))
+        findings.append(checked(record, "record of the run", partial(storage.read_manifest, record)))
     steps = [step for job in jobs for step in sorted(job.glob("step_*[0-9]"))]
-    findings += [_checked(step, "checkpoint", partial(checkpoint.read, step)) for step in steps]
-    findings += [_checked(place, "what jobs share", partial(shared.read, place)) for place in kept]
+    findings += [checked(step, "checkpoint", partial(checkpoint.read, step)) for step in steps]
+    findings += [checked(place, "what jobs share", partial(shared.read, place)) for place in kept]
     orphan = folder / SyntheticDataset.FILES[0]
     if os.path.exists(orphan) and not os.path.exists(folder / MANIFEST):
         problem = (
@@ -69,15 +69,16 @@ def _set(folder: Path) -> Iterator[Finding]:
     listed = manifest.get("files")
     names = list(listed) if isinstance(listed, dict) else []
     files = [
-        _checked(folder / name, "file of the set", partial(storage.read_listed, folder, manifest, name))
+        checked(folder / name, "file of the set", partial(storage.read_listed, folder, manifest, name))
         for name in names
     ]
     yield from files
     if not any(finding.problem for finding in files):
-        yield _checked(folder, "set as a whole", partial(SyntheticDataset.load, folder))
+        yield checked(folder, "set as a whole", partial(SyntheticDataset.load, folder))
 
 
-def _checked(path: Path, what: str, read: Callable[[], object]) -> Finding:
+def checked(path: Path, what: str, read: Callable[[], object]) -> Finding:
+    """What reading comes to."""
     try:
         read()
     except BadArtifact as error:

@@ -84,6 +84,7 @@ def evaluate(
             something else.
         InvalidSetting, UnknownName, DeviceUnavailable: before any work starts; also if a protocol with distillation
             lacks labels and teachers, or one without it has them, or the labels were made for another training.
+        BadArtifact: a file of the labels is missing or damaged; before any training too.
         Diverged: training produced NaN or infinity.
         OutOfMemory: even with one image at a time, or with ``together`` networks.
         DistillError: a network factory handed out a network that is not fresh.
@@ -110,7 +111,7 @@ def evaluate(
     settle_allocator(resolved)
     real = source.normalized_by(synthetic.normalization).to(resolved)
     if teaching is not None:
-        teaching.begin(real)
+        teaching.begin(real, protocol.epochs)
     scorer = Scorer(protocol, synthetic, real, seed, resolved, teaching)
     passes = {row: (whole_epochs or protocol.epochs) if row == "whole" else protocol.epochs for row in rows}
     accuracies: dict[str, list[float]] = {row: [] for row in rows}

@@ -39,12 +39,16 @@ class Teaching:
     _replayed: Lessons | None = field(init=False, default=None)
     _told: dict[str, Tensor] = field(init=False, default_factory=dict)
 
-    def begin(self, real: ImageSource) -> None:
-        """Bring the teachers to the device of the real images, and see whether they know these.
+    def begin(self, real: ImageSource, epochs: int) -> None:
+        """Read the labels of as many epochs, lest a damaged file ends hours of training; bring the teachers to the
+        device of the real images, and see whether they know these.
 
         Raises:
-            BadData: they do not; see `Committee.check`.
+            BadArtifact: a file of the labels is missing or damaged.
+            BadData: the teachers do not know the images; see `Committee.check`.
         """
+        if self.labels is not None:
+            self.labels.verify(epochs)
         if self.teachers is not None:
             for teacher in self.teachers:
                 teacher.network.to(real.device)

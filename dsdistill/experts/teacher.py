@@ -229,11 +229,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise BadArtifact(path, f"cannot be read as safetensors ({error}); pickled files are never read") from error
 
 
+def is_foreign(network: str) -> bool:
+    """Whether a network of that name is made by code of others than this package, torchvision and timm."""
+    library, colon, _ = network.partition(":")
+    return bool(colon) and library not in ("torchvision", "timm")
+
+
 def _trusted(folder: Path, stored: NetworkSpec, given: NetworkSpec | None) -> NetworkSpec:
     if given is not None and given != stored:
         raise BadArtifact(folder / MANIFEST, f"is a {stored}, not a {given}")
-    library, colon, _ = stored.name.partition(":")
-    if colon and library not in ("torchvision", "timm") and given is None:
+    if is_foreign(stored.name) and given is None:
         raise BadArtifact(
             folder / MANIFEST,
             f"names the factory {stored.name!r}, whose code would be run: say that you trust it by passing network=",

@@ -18,8 +18,9 @@ Labels: of each mixed view two distances to its classes, in place of all probabi
 (`relabel(kind="distances")`, `dsdistill.relabelling.Distances`).
 
 The authors' constants were not at hand. Inferred are all of: ``threshold`` (ε), ``critical`` (t), ``crops``, ``pool``,
-``factor`` (f, as in RDED), ``trusted``, the order of choice, α with m_1 = 10 (as in SRe2L), ``iterations``, ``lr_images``, and the
-views (those of SRe2L at larger sizes). They are settings. Departures from the paper beyond that are not known.
+``factor`` (f, as in RDED), ``trusted``, the order of choice, α with m_1 = 10 (as in SRe2L), ``iterations``,
+``lr_images``, and the views (those of SRe2L at larger sizes). They are settings. Departures from the paper beyond that
+are not known.
 """
 
 import math

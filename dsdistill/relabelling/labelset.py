@@ -173,17 +173,17 @@ class LabelSet:
                 "(dsdistill relabel)"
             )
 
-    def verify(self) -> None:
-        """Read every file.
+    def verify(self, epochs: int | None = None) -> None:
+        """Read every file, or those of the first ``epochs``.
 
         Raises:
             BadArtifact: naming the first that is missing, damaged or none.
         """
-        for epoch in range(1 if self.epochs is None else self.epochs):
-            if self.epochs is None:
-                self.static()
-            else:
-                self.epoch(epoch)
+        if self.epochs is None:
+            self.static()
+            return
+        for epoch in range(self.epochs if epochs is None else min(epochs, self.epochs)):
+            self.epoch(epoch)
 
     def epoch(self, number: int) -> Pass:
         """One epoch.

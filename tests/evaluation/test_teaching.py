@@ -10,7 +10,7 @@ from relabelling.makers import CUT, SPEC, make_committee, make_set, make_teacher
 from dsdistill import evaluate
 from dsdistill.augmentations import CutMix, Mixup, PadCrop, ResizedCrop, Siamese
 from dsdistill.core.rng import Rng
-from dsdistill.errors import BadData, InvalidSetting
+from dsdistill.errors import BadArtifact, BadData, InvalidSetting
 from dsdistill.evaluation import EvaluationProtocol, evaluate_across
 from dsdistill.evaluation import scorer as scorer_module
 from dsdistill.experts import Committee
@@ -403,3 +403,14 @@ def test_networks_that_learn_from_teachers_are_trained_one_by_one(synthetic, sou
 def test_the_recipe_of_the_labels_is_that_of_the_protocol(synthetic, committee):
     labels = label(synthetic, committee)
     assert labels.recipe == replace(CUT, lr=0.05, distillation=QUICK.distillation)
+
+
+def test_a_damaged_file_of_labels_ends_it_before_any_training(synthetic, source, committee, trained, tmp_path):
+    labels = label(synthetic, committee, out=tmp_path / "labels")
+    last = tmp_path / "labels" / "epoch-00002.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(BadArtifact, match=r"epoch-00002\.safetensors"):
+        run(synthetic, source, labels=labels, teachers=committee)
+    assert trained == []
+    run(synthetic, source, labels=labels, teachers=committee, epochs=2)  # which asks for the others alone
+    assert trained
