@@ -15,6 +15,7 @@ LAYERS = [
     {"data", "networks"},
     {"augmentations", "objectives", "parameterizations"},
     {"labels", "training"},
+    {"protocols"},
     {"recipe", "exchange", "synthetic", "published"},
     {"engine"},
     {"experts"},

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 from jsonargparse import ArgumentParser, Namespace
 
+NO_MIX = "Mix no images, whatever the protocol does; FerKD's calibration asks for it."
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:

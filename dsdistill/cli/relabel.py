@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from dsdistill.cli.options import Verb, path_arguments, run_arguments, say
+from dsdistill.cli.options import NO_MIX, Verb, path_arguments, run_arguments, say
 from dsdistill.errors import InvalidSetting
 
 
@@ -26,6 +26,7 @@ def _relabel_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size", type=int | None, default=None, help="Images of a mini-batch instead of the protocol's."
     )
+    parser.add_argument("--no_mix", action="store_true", help=NO_MIX)
     parser.add_argument(
         "--kind",
         type=Literal["replayed", "static", "distances"],
@@ -83,8 +84,11 @@ def _relabel(config: Namespace) -> Any:
 
     device = resolve_device(config.device)
     asked = {name: config[name] for name in ("epochs", "batch_size") if config[name] is not None}
+    if config.no_mix:
+        asked["mix"] = None
     if config.kind == "static" and asked:
-        raise InvalidSetting("--kind", config.kind, f"without --{next(iter(asked))}: static labels are made once")
+        option = "no_mix" if "mix" in asked else next(iter(asked))
+        raise InvalidSetting("--kind", config.kind, f"without --{option}: static labels are made once")
     if config.temperature == "equal":
         asked["vote_temperature"] = None
     recipe = None if config.kind == "static" else replace(get_protocol(config.protocol), **asked)
@@ -126,6 +130,8 @@ VERBS = {
         "Have teachers label every view of a set that networks will see, and store views and labels.",
         "  dsdistill relabel runs/cvdd --teachers teachers/cifar10 --protocol cvdd --out labels --dry-run\n"
         "  dsdistill relabel runs/cvdd --teachers teachers/cifar10 --protocol cvdd --temperature equal --out labels\n"
+        "  dsdistill relabel runs/sre2l --teachers teachers/cifar10 --protocol sre2l --no_mix --calibration.low 0.05 "
+        "--out labels\n"
         "  dsdistill relabel runs/infer --teachers teachers/cifar100 --kind static --out labels\n"
         "  dsdistill evaluate runs/cvdd --data cifar10 --protocol cvdd --labels labels --teachers teachers/cifar10",
         _relabel_arguments,

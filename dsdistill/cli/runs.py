@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.experts import STORE_HELP
-from dsdistill.cli.options import LoadOptions, Verb, data_arguments, load_source, run_arguments, say, split, summary
+from dsdistill.cli.options import (
+    NO_MIX,
+    LoadOptions,
+    Verb,
+    data_arguments,
+    load_source,
+    run_arguments,
+    say,
+    split,
+    summary,
+)
 from dsdistill.cli.presets import preset_argument
 from dsdistill.core import storage
 from dsdistill.errors import DistillError, InvalidSetting, OutputConflict, UnknownName
@@ -141,6 +151,14 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
         help="Which network is tested, instead of the protocol's choice: the one after the last epoch, or the best on "
         "real training images held out.",
     )
+    parser.add_argument("--no_mix", action="store_true", help=NO_MIX)
+    parser.add_argument(
+        "--temperature",
+        type=float | Literal["equal"] | None,
+        default=None,
+        help="Of protocols with teachers, instead of the protocol's: they vote by softmax(prior / temperature), or "
+        "equal: all alike. With --labels those decide.",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per row of the table.")
     parser.add_argument("--together", type=int, default=1, help="Networks trained as one stacked computation.")
     parser.add_argument("--per_class", action="store_true", help="Show the accuracy of each class too.")
@@ -194,9 +212,14 @@ def _evaluation(config: Namespace) -> "tuple[list[NetworkSpec] | None, dict[str,
     from dsdistill.networks import NetworkSpec
 
     chosen = {name: getattr(config, name) for name in ("network", "epochs", "batch_size", "selection")}
-    protocol = replace(
-        get_protocol(config.protocol), **{name: value for name, value in chosen.items() if value is not None}
-    )
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    if config.no_mix:
+        changes["mix"] = None
+    if config.temperature is not None:
+        if config.labels is not None:
+            raise InvalidSetting("--temperature", config.temperature, "without --labels, whose teachers have voted")
+        changes["vote_temperature"] = None if config.temperature == "equal" else config.temperature
+    protocol = replace(get_protocol(config.protocol), **changes)
     networks = None
     if config.networks is not None:
         networks = [NetworkSpec(name) for name in split(config.networks)]

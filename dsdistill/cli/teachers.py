@@ -9,6 +9,8 @@ from jsonargparse import ArgumentParser, Namespace
 from dsdistill.cli.options import Verb, data_arguments, load_source, run_arguments, say, split
 from dsdistill.errors import InvalidSetting
 
+_RECIPE = "sre2l_cifar"
+
 
 def _teachers_arguments(parser: ArgumentParser) -> None:
     from dsdistill.experts import RECIPES
@@ -24,7 +26,10 @@ def _teachers_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="Folder of the committee, one below for each teacher.")
     parser.add_argument(
-        "--recipe", type=str, default="sre2l_cifar", help=f"How they are trained: {', '.join(RECIPES)}."
+        "--recipe",
+        type=str | None,
+        default=None,
+        help=f"How they are trained, by default {_RECIPE}: {', '.join(RECIPES)}.",
     )
     parser.add_argument("--epochs", type=int | None, default=None, help="Epochs instead of the recipe's.")
     parser.add_argument("--batch_size", type=int | None, default=None, help="Images per step instead of the recipe's.")
@@ -41,20 +46,35 @@ def _teachers_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--chunk", type=int | None, default=None, help="Images per forward pass; lower it when memory runs out."
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Make a few steps only, write nothing, print what the whole will cost."
+    )
 
 
 def _teachers(config: Namespace) -> Any:
     from dsdistill.evaluation.teachers import score_teachers
-    from dsdistill.experts import Committee, get_recipe, import_teacher, teacher_spec, train_teachers
+    from dsdistill.experts import (
+        Committee,
+        estimate_teachers,
+        get_recipe,
+        import_teacher,
+        teacher_spec,
+        train_teachers,
+    )
 
     changes = {name: config[name] for name in ("epochs", "batch_size", "lr") if config[name] is not None}
-    recipe = replace(get_recipe(config.recipe), **changes)
+    recipe = replace(get_recipe(config.recipe or _RECIPE), **changes)
     names = split(config.networks)
-    if config.weights is not None and len(names) != 1:
-        raise InvalidSetting("--weights", config.weights, f"they are those of one network, not of {', '.join(names)}")
+    if config.weights is not None:
+        _check_weights(config, names, ["recipe"] * (config.recipe is not None) + list(changes))
     source = load_source(config)
     specs = [teacher_spec(name, source.shape) for name in names]
     specs = [replace(spec, width=config.width) if config.width and spec.has("width") else spec for spec in specs]
+    placed = {name: config[name] for name in ("seed", "device", "chunk")}
+    if config.dry_run:
+        cost = estimate_teachers(source, specs, config.out, recipe, **placed)
+        say(config, str(cost))
+        return cost.to_json()
     if config.weights is not None:
         # Published weights are those of the library's own stem.
         spec = replace(specs[0], stem=None) if config.weights == "library" else specs[0]
@@ -62,9 +82,7 @@ def _teachers(config: Namespace) -> Any:
         teacher.save(config.out / teacher.name)
         committee = Committee([teacher])
     else:
-        committee = train_teachers(
-            source, specs, config.out, recipe, seed=config.seed, device=config.device, chunk=config.chunk
-        )
+        committee = train_teachers(source, specs, config.out, recipe, **placed)
     scores = score_teachers(committee, source) if source.has_test else {}
     lines = [f"{len(committee)} teachers in {config.out} ({committee.nbytes / 2**20:.1f} MiB)"]
     for teacher in committee:
@@ -81,6 +99,15 @@ def _teachers(config: Namespace) -> Any:
     }
 
 
+def _check_weights(config: Namespace, names: list[str], training: list[str]) -> None:
+    """Refuse what says nothing beside weights that are there."""
+    if len(names) != 1:
+        raise InvalidSetting("--weights", config.weights, f"they are those of one network, not of {', '.join(names)}")
+    if training or config.dry_run:
+        options = ", ".join(f"--{name}" for name in [*training, *["dry-run"] * config.dry_run])
+        raise InvalidSetting("--weights", config.weights, f"without {options}: nothing is trained")
+
+
 def _prior_arguments(parser: ArgumentParser) -> None:
     from dsdistill.evaluation import list_protocols
     from dsdistill.networks import NetworkSpec
@@ -95,24 +122,34 @@ def _prior_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--network", type=NetworkSpec | None, default=None, help="Network instead of the protocol's.")
     parser.add_argument("--repeats", type=int, default=1, help="Networks for each teacher.")
     parser.add_argument("--again", action="store_true", help="Measure those that have a prior already, too.")
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="Measure nothing: write the priors that CV-DD publishes for this --data and the committee's networks.",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Make a few steps only, write nothing, print what the whole will cost."
+    )
     run_arguments(parser)
 
 
 def _prior(config: Namespace) -> Any:
     from dsdistill.evaluation import get_protocol
-    from dsdistill.studies.prior import PLUS, measure_priors
+    from dsdistill.studies.prior import PLUS, estimate_priors, measure_priors, write_published
 
+    if config.published:
+        found = write_published(config.path, config.data)
+        say(config, "\n".join(f"{name}: {value:.1f} %, published" for name, value in found.items()))
+        return dict(found)
     changes = {name: config[name] for name in ("epochs", "network") if config[name] is not None}
-    found = measure_priors(
-        config.path,
-        load_source(config),
-        replace(PLUS, ipc=config.ipc, iterations=config.iterations),
-        protocol=replace(get_protocol(config.protocol), **changes),
-        repeats=config.repeats,
-        seed=config.seed,
-        device=config.device,
-        again=config.again,
-    )
+    method = replace(PLUS, ipc=config.ipc, iterations=config.iterations)
+    options = {name: config[name] for name in ("repeats", "seed", "device", "again")}
+    options["protocol"] = replace(get_protocol(config.protocol), **changes)
+    if config.dry_run:
+        cost = estimate_priors(config.path, load_source(config), method, **options)
+        say(config, str(cost))
+        return cost.to_json()
+    found = measure_priors(config.path, load_source(config), method, **options)
     say(config, "\n".join(f"{name}: {value:.1f} %" for name, value in found.items()))
     return dict(found)
 
@@ -131,7 +168,9 @@ VERBS = {
     ),
     "prior": Verb(
         "Measure what each teacher of a committee is worth alone, by which CV-DD lets them vote.",
+        "  dsdistill prior teachers --data cifar10 --dry-run\n"
         "  dsdistill prior teachers --data cifar10\n"
+        "  dsdistill prior teachers --data cifar10 --published\n"
         "  dsdistill prior teachers --data digits --ipc 1 --iterations 200 --epochs 100",
         _prior_arguments,
         _prior,

@@ -6,10 +6,10 @@ from typing import Any
 
 from dsdistill.data import ImageSource
 from dsdistill.errors import InvalidSetting
-from dsdistill.evaluation.protocol import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.result import TITLES, EvaluationResult, cells, table
 from dsdistill.evaluation.score import evaluate
 from dsdistill.networks import NetworkSpec
+from dsdistill.protocols import EvaluationProtocol, get_protocol
 from dsdistill.synthetic import SyntheticDataset
 
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import DistillError
-from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.networks import parameter_digest
+from dsdistill.protocols import EvaluationProtocol
 
 
 def fresh_network(protocol: EvaluationProtocol, shape: tuple[int, int, int], num_classes: int, rng: Rng) -> nn.Module:

@@ -12,8 +12,8 @@ from dsdistill.core import storage
 from dsdistill.core.config import to_dict
 from dsdistill.core.units import shown_size
 from dsdistill.errors import OutputConflict
-from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.evaluation.statistics import Score, paired_difference
+from dsdistill.protocols import EvaluationProtocol
 
 HARD = ", hard"
 """Ends the name of a row that is trained on classes where the protocol has teachers."""

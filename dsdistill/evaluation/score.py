@@ -17,13 +17,13 @@ from dsdistill.core.rng import isolated_global_rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting, UnknownName
 from dsdistill.evaluation.examine import accuracy
-from dsdistill.evaluation.protocol import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.result import HARD, EvaluationResult
 from dsdistill.evaluation.scorer import Scorer
 from dsdistill.evaluation.statistics import Score
 from dsdistill.evaluation.step_size import step_sizes
 from dsdistill.evaluation.teaching import checked_teaching
 from dsdistill.experts import Committee
+from dsdistill.protocols import EvaluationProtocol, get_protocol
 from dsdistill.recipe import library_versions
 from dsdistill.relabelling import LabelSet
 from dsdistill.synthetic import SyntheticDataset

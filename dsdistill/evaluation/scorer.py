@@ -15,10 +15,10 @@ from dsdistill.core.rng import Rng, seed_global
 from dsdistill.data import ImageSource, overlap
 from dsdistill.errors import DistillError, Diverged, OutOfMemory
 from dsdistill.evaluation.examine import accuracy, confusion, fresh_network
-from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.evaluation.result import HARD
 from dsdistill.evaluation.teaching import Teaching
 from dsdistill.networks import has_batchnorm
+from dsdistill.protocols import EvaluationProtocol
 from dsdistill.synthetic import SyntheticDataset
 from dsdistill.training import TrainingSet, train, train_together
 

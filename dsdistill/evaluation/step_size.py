@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from dsdistill.errors import BadData
-from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.exchange.arrays import LEARNED_LR
+from dsdistill.protocols import EvaluationProtocol
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")

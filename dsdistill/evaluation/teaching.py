@@ -11,8 +11,8 @@ from dsdistill.core.device import default_chunk
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.errors import BadData, InvalidSetting
-from dsdistill.evaluation.protocol import EvaluationProtocol
 from dsdistill.experts import Committee
+from dsdistill.protocols import EvaluationProtocol
 from dsdistill.relabelling import Distances, LabelSet
 from dsdistill.relabelling.lessons import Lessons, interpolated, measured
 from dsdistill.relabelling.plan import require_teachers, voting
@@ -124,7 +124,7 @@ def checked_teaching(
     """What a protocol's networks learn from, None where that is classes; and the protocol, with the loss of the labels.
 
     Labels of distances are learned with `Distances`, which replaces the protocol's distillation. Beside labels,
-    teachers vote on the real images as they did on the set: where all were alike, vote_temperature becomes None.
+    teachers vote on the real images as they did on the set: the protocol's vote_temperature becomes that of the labels.
 
     Raises:
         InvalidSetting: labels or teachers without distillation or the other way round; labels that were made for
@@ -151,9 +151,8 @@ def checked_teaching(
         protocol = replace(protocol, distillation=Distances())
     _check_targets(labels, protocol)
     if labels is not None:
-        weights = labels.heading.weights
-        if len(weights) > 1 and len(set(weights)) == 1:
-            protocol = replace(protocol, vote_temperature=None)
+        if len(labels.heading.weights) > 1:
+            protocol = replace(protocol, vote_temperature=labels.heading.vote_temperature)
         labels.require(synthetic)
         _check_labels(labels, protocol, mirror_safe=source.mirror_safe)
     if teachers is not None:

@@ -45,19 +45,27 @@ class Teachers:
 
     networks: tuple[NetworkSpec, ...] = (NetworkSpec("resnet18", norm="batch"),)
     """What they are; each with batch normalisation, whose running statistics are part of a teacher."""
-    training: TrainingRecipe = SQUEEZE
-    """How they are trained on the real images."""
+    training: TrainingRecipe | None = SQUEEZE
+    """How they are trained on the real images; null with a folder."""
     seed: int = 0
     """Of their training, whatever the seed of the run is: runs with other seeds share them."""
     folder: str | None = None
-    """Folder of teachers that are there already (`dsdistill teachers`), taken instead of the above."""
+    """Folder of teachers that are there already (`dsdistill teachers`). Networks and training then are not used, and
+    not recorded: () and null."""
 
     def __post_init__(self) -> None:
         # Files hold plain mappings; a tuple of settings is rebuilt here.
         if isinstance(self.networks, (tuple, list)):
             specs = tuple(from_dict(NetworkSpec, one) if isinstance(one, Mapping) else one for one in self.networks)
             object.__setattr__(self, "networks", specs)
+        if self.folder is not None:
+            object.__setattr__(self, "networks", ())
+            object.__setattr__(self, "training", None)
         validate(self)
+        if self.folder is not None:
+            return
+        if self.training is None:
+            raise InvalidSetting("Teachers.training", None, "how they are trained, as there is no folder of them")
         if not self.networks or len(set(self.networks)) < len(self.networks):
             raise InvalidSetting("Teachers.networks", self.networks, "at least one network, each once")
 
@@ -91,7 +99,8 @@ class Committee(Sequence[Teacher]):
                 found = cls.load(teachers.folder, device=run.device)
                 found.check(run.source)
             else:
-                found = cls([schooled(run, spec, teachers.training, teachers.seed) for spec in teachers.networks])
+                training = teachers.training or SQUEEZE
+                found = cls([schooled(run, spec, training, teachers.seed) for spec in teachers.networks])
             made[teachers] = found
         return made[teachers]
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
+from dsdistill.data import ImageSource
 from dsdistill.engine import Run
-from dsdistill.errors import BadArtifact, InvalidSetting, Stopped
+from dsdistill.errors import BadArtifact, BadData, InvalidSetting, Stopped
 from dsdistill.experts.shelf import reserved_folder
 from dsdistill.experts.teacher import MANIFEST, Teacher, recognised
 from dsdistill.experts.training import train_on_real
@@ -30,7 +32,13 @@ _KEEP_SECONDS = 60.0  # between two writes of a teacher that is being trained
 
 
 def schooled(
-    run: Run, spec: NetworkSpec, training: TrainingRecipe, seed: int = 0, folder: Path | None = None
+    run: Run,
+    spec: NetworkSpec,
+    training: TrainingRecipe,
+    seed: int = 0,
+    folder: Path | None = None,
+    *,
+    progress: bool = False,
 ) -> Teacher:
     """A teacher for the images of a run: found, or trained now; an interrupted training goes on.
 
@@ -40,6 +48,7 @@ def schooled(
         training: how it is trained.
         seed: of its training, whatever that of the run is.
         folder: where it is kept; None for a place in the run's store, or memory where the run has none.
+        progress: show a bar where standard error is a terminal.
 
     Raises:
         InvalidSetting: the network has no batch normalisation, or stopped being finite while it was trained.
@@ -53,20 +62,30 @@ def schooled(
         folder = run.store / "teachers" / digest
     if folder is None or run.shared.rehearsal is not None:
         found = None if folder is None else _found(run, folder, digest)
-        return found or _trained(run, spec, training, seed, identity, None)
+        return found or _trained(run, spec, training, seed, identity, None, progress)
     found = _found(run, folder, digest)
     if found is None:
         with reserved_folder(folder, run.shared.give_way, "this teacher"):
             found = _found(run, folder, digest)  # asked again: who held the lock may have made it
             if found is None:
                 try:
-                    found = _trained(run, spec, training, seed, identity, folder)
+                    found = _trained(run, spec, training, seed, identity, folder, progress)
                 except Stopped as error:
                     kept = f"whole epochs of the teacher {teacher_name(spec)}, kept in {folder}"
                     raise Stopped(error.signum, error.iteration, error.path, kept) from None
                 found.save(folder)
                 _forget(folder / _PROGRESS)
     return found
+
+
+def require_classes(source: ImageSource) -> None:
+    """Refuse images of a single class.
+
+    Raises:
+        BadData: there is one.
+    """
+    if source.num_classes < 2:
+        raise BadData(f"teachers tell classes apart, and {source.name!r} has one class: load data of several")
 
 
 def teacher_name(spec: NetworkSpec) -> str:
@@ -117,29 +136,40 @@ def _trained(
     seed: int,
     identity: Mapping[str, Any],
     folder: Path | None,
+    progress: bool,
 ) -> Teacher:
     source, rng = run.source, Rng(seed, device=run.device).within("teacher")
     network = spec.build(source.shape, source.num_classes, generator=rng.at("network"), device=run.device)
     if not has_batchnorm(network):
         raise InvalidSetting("networks", spec.name, "a teacher needs batch normalisation: choose norm='batch'")
     optimizer = make_optimizer(dict(network.named_parameters()), training, run.device)
-    progress = _Progress(folder / _PROGRESS if folder else None, network, optimizer)
-    begin = progress.read()
+    kept = _Progress(folder / _PROGRESS if folder else None, network, optimizer)
+    begin = kept.read()
     if run.shared.rehearsal is None:
         left = training.epochs - begin
         logger.info("training the teacher %s, %d of %d epochs", teacher_name(spec), left, training.epochs)
     if begin < training.epochs:
+        shown = progress and run.shared.rehearsal is None
+        bar = tqdm(
+            total=training.epochs,
+            initial=begin,
+            desc=teacher_name(spec),
+            unit="epoch",
+            disable=None if shown else True,
+        )
 
         def after(epoch: int) -> None:
-            progress.add(epoch)
+            kept.add(epoch)
+            bar.update(epoch - bar.n)
             seed_global(rng.integer("global", epoch), run.device)
 
-        with isolated_global_rng(run.device):  # dropout of library networks draws from the global generators
+        # Dropout of library networks draws from the global generators.
+        with bar, isolated_global_rng(run.device):
             seed_global(rng.integer("global", begin), run.device)
             try:
                 train_on_real(run, network, training, rng, optimizer=optimizer, begin=begin, after=after)
             except BaseException:
-                progress.write()
+                kept.write()
                 raise
     if not all(bool(torch.isfinite(tensor).all()) for tensor in network.state_dict().values()):
         raise InvalidSetting("training.lr", training.lr, f"the teacher {teacher_name(spec)} diverged: lower it")

@@ -84,9 +84,8 @@ class Fitting(Synthesizer):
         refuse_whitened(type(self).__name__, source)
         if source.num_classes < 2:
             raise BadData(f"{type(self).__name__} needs teachers that tell classes apart, {source.name!r} has one")
-        if self.teachers.folder is None:
-            for spec in self.teachers.networks:
-                spec.require((), source.shape, source.num_classes)
+        for spec in self.teachers.networks:
+            spec.require((), source.shape, source.num_classes)
 
     def asked(self, run: Run) -> Sequence[Teacher]:
         """The teachers of a run. Errors as in `Committee.of`."""

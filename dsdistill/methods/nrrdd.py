@@ -85,12 +85,11 @@ class NRRDD(ByProblem):
                 f"{len(small)} classes of {source.name!r} have fewer than the {need} images that ipc={self.ipc} takes "
                 f"patches of: {', '.join(small[:5])}; lower ipc or factor"
             )
-        if self.teachers.folder is None:
-            for spec in self.teachers.networks:
-                seed = torch.Generator().manual_seed(0)
-                last_maps(
-                    spec.build(source.shape, source.num_classes, generator=seed, device="cpu"), source.shape, spec.name
-                )
+        for spec in self.teachers.networks:
+            seed = torch.Generator().manual_seed(0)
+            last_maps(
+                spec.build(source.shape, source.num_classes, generator=seed, device="cpu"), source.shape, spec.name
+            )
 
     def _factor(self, source: ImageSource) -> int:
         return factor_of(source.shape) if self.factor is None else self.factor

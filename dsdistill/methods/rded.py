@@ -65,9 +65,8 @@ class RDED(Synthesizer):
             BadData, InvalidSetting: naming the place and the mend.
         """
         super().check(source)
-        if self.teachers.folder is None:
-            for spec in self.teachers.networks:
-                spec.require((), source.shape, source.num_classes)
+        for spec in self.teachers.networks:
+            spec.require((), source.shape, source.num_classes)
         need = self.ipc * self._factor(source) ** 2
         if self.pool < need:
             raise InvalidSetting("RDED.pool", self.pool, f"at least {need}, a patch of its own for each cell")

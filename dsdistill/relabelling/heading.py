@@ -50,6 +50,7 @@ class Heading:
         images: digest of the decoded images and their classes.
         teachers: name, digest and accuracy of each member.
         weights: of their logits, of sum 1.
+        vote_temperature: by which they are; None: all alike.
         teacher_mode: "eval" (running statistics) or "batch" (those of each part of a mini-batch).
         recipe: whose views, mixes and mini-batches are recorded; of a static set, None.
         epochs: how many; of a static set, None.
@@ -68,6 +69,7 @@ class Heading:
     images: str
     teachers: tuple[Mapping[str, Any], ...]
     weights: tuple[float, ...]
+    vote_temperature: float | None
     teacher_mode: Literal["eval", "batch"]
     recipe: TrainingRecipe | None
     epochs: int | None

@@ -17,6 +17,7 @@ from dsdistill.core.units import shown_duration, shown_size
 from dsdistill.engine.observe import StopRequest
 from dsdistill.errors import Stopped
 from dsdistill.experts import Committee
+from dsdistill.protocols import get_protocol
 from dsdistill.relabelling.calibration import FerKD
 from dsdistill.relabelling.codecs import Codec
 from dsdistill.relabelling.growing import Growing
@@ -58,7 +59,7 @@ class LabelsEstimate:
 def relabel(
     synthetic: SyntheticDataset,
     committee: Committee,
-    recipe: TrainingRecipe | None = None,
+    recipe: str | TrainingRecipe | None = None,
     *,
     epochs: int | None = None,
     kind: Kind = "replayed",
@@ -82,8 +83,8 @@ def relabel(
     Args:
         synthetic: the set.
         committee: its teachers, on any device; they are moved to ``device``.
-        recipe: how networks will be trained, a protocol of `evaluate` or another recipe: its views, mixes, mini-batches
-            and sub-batches are what is labelled. None for static labels.
+        recipe: how networks will be trained, a protocol of `evaluate`, its name, or another recipe: its views, mixes,
+            mini-batches and sub-batches are what is labelled. None for static labels.
         epochs: passes to label; None for those of the recipe. One epoch is in memory at a time.
         kind: "replayed": logits of every view. "static": logits of the clean images, once (UFC). "distances": two
             numbers for every view (NRR-DD).
@@ -110,7 +111,7 @@ def relabel(
         Stopped: a signal ended it after the epoch in progress was saved.
     """
     asked = Asked(
-        recipe=recipe,
+        recipe=_named(recipe),
         epochs=epochs,
         kind=kind,
         codec=codec,
@@ -139,7 +140,7 @@ def relabel(
 def estimate_labels(
     synthetic: SyntheticDataset,
     committee: Committee,
-    recipe: TrainingRecipe | None = None,
+    recipe: str | TrainingRecipe | None = None,
     *,
     device: str | torch.device | None = None,
     chunk: int | None = None,
@@ -147,7 +148,7 @@ def estimate_labels(
     **options: Any,
 ) -> LabelsEstimate:
     """Say what `relabel` will cost, by a few mini-batches on this machine; nothing is written. Arguments as there."""
-    labeller = Labeller.of(synthetic, committee, Asked(recipe=recipe, **options), device, chunk)
+    labeller = Labeller.of(synthetic, committee, Asked(recipe=_named(recipe), **options), device, chunk)
     heading = labeller.heading
     return LabelsEstimate(
         kind=heading.kind,
@@ -158,3 +159,7 @@ def estimate_labels(
         disk=heading.predicted_bytes(),
         free_disk=None if out is None else storage.free_space(Path(out)),
     )
+
+
+def _named(recipe: str | TrainingRecipe | None) -> TrainingRecipe | None:
+    return get_protocol(recipe) if isinstance(recipe, str) else recipe

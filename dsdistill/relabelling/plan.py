@@ -63,6 +63,7 @@ def planned(
             for one in committee
         ),
         weights=voting(committee, _temperature(asked)),
+        vote_temperature=_temperature(asked),
         teacher_mode=_mode(asked),
         recipe=recipe,
         epochs=None if recipe is None else recipe.epochs,
@@ -164,12 +165,14 @@ def _check_kind(asked: Asked, recipe: TrainingRecipe | None, codec: Codec) -> No
         )
     if asked.calibration is None:
         return
-    if asked.kind != "replayed" or recipe is None or recipe.mix is not None:
+    if asked.kind != "replayed" or recipe is None:
+        raise InvalidSetting("kind", asked.kind, "'replayed' beside a calibration, which looks at every view")
+    if recipe.mix is not None:
         raise InvalidSetting(
-            "calibration",
-            asked.calibration,
-            "labels of kind 'replayed' for a recipe that does not mix (mix=None): a mixed view has no class of its own "
-            "to be confident in",
+            "mix",
+            recipe.mix,
+            "none beside a calibration, as a mixed view has no class of its own to be sure of: replace(protocol, "
+            "mix=None) or --no_mix, here and where networks are scored",
         )
     if _mode(asked) == "batch":
         raise InvalidSetting(

@@ -243,3 +243,65 @@ def test_a_protocol_is_frozen_data():
     assert get_protocol("dsa").epochs == 1000
     with pytest.raises(FrozenInstanceError):
         protocol.epochs = 4
+
+
+# Cells -------------------------------------------------------------------------------------------------------
+
+# lr and slowdown by dataset at IPC 1, 10 and 50: CV-DD's table, read from its scripts
+CELLS = {
+    "cvdd/cifar10/ipc1": (1e-3, 1, 10),
+    "cvdd/cifar10/ipc10": (1e-3, 1, 16),
+    "cvdd/cifar100/ipc1": (1e-3, 1, 16),
+    "cvdd/cifar100/ipc10": (1e-3, 2, 16),
+    "cvdd/cifar100/ipc50": (1e-3, 1, 16),
+    "cvdd/tiny_imagenet/ipc10": (1e-3, 1, 16),
+    "cvdd/tiny_imagenet/ipc50": (1e-3, 2, 16),
+    "cvdd/imagenette/ipc10": (5e-4, 1, 10),
+    "cvdd/imagenette/ipc50": (5e-4, 2, 10),
+    "cvdd/imagenet/ipc10": (1e-3, 2, 16),
+    "cvdd/imagenet/ipc50": (1e-3, 1, 16),
+    "cvdd/imagenette/ipc10/resnet50": (1e-3, 1, 10),
+    "cvdd/imagenette/ipc1/resnet50": (5e-4, 2, 10),
+    "cvdd/tiny_imagenet/ipc50/resnet50": (1e-3, 1, 16),
+    "cvdd/cifar10/ipc50/resnet101": (5e-4, 1, 16),
+    "cvdd/imagenette/ipc50/resnet101": (1e-3, 2, 10),
+    "cvdd/imagenet/ipc50/resnet101": (5e-4, 2, 16),
+    "rded/cifar10/ipc1": (1e-3, 2, 10),
+    "rded/cifar10/ipc50": (1e-3, 2, 100),
+    "rded/cifar100/ipc10": (1e-3, 2, 100),
+    "rded/tiny_imagenet/ipc1": (1e-3, 2, 100),
+    "rded/imagenet/ipc50": (1e-3, 2, 200),
+    "rded/imagenette/ipc10/mobilenet_v2": (2.5e-3, 2, 50),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_are_the_published_ones(name):
+    protocol = get_protocol(name)
+    assert (protocol.lr, protocol.slowdown, protocol.batch_size) == CELLS[name]
+    assert protocol.title == name
+
+
+def test_cells_differ_from_their_row_in_what_the_table_has():
+    row = get_protocol("cvdd")
+    cell = get_protocol("cvdd/cifar100/ipc10")
+    assert replace(cell, name=row.name, lr=row.lr, slowdown=row.slowdown, batch_size=row.batch_size) == row
+    assert get_protocol("rded/cifar10/ipc10") == replace(get_protocol("rded_small"), name="rded/cifar10/ipc10")
+    large = get_protocol("rded/imagenet/ipc10")
+    assert large == replace(get_protocol("rded"), name=large.name)
+
+
+def test_names_of_cells_are_listed_apart_and_the_nearest_is_told():
+    assert not [name for name in list_protocols() if "/" in name]
+    cells = [name for name in list_protocols(cells=True) if "/" in name]
+    assert sum(name.startswith("cvdd/") for name in cells) == 5 * 3 * 3
+    with pytest.raises(UnknownName, match="did you mean 'cvdd/cifar100/ipc10'"):
+        get_protocol("cvdd/cifar100/ipc100")
+
+
+def test_students_of_small_cells_can_be_built():
+    cells = [get_protocol(name) for name in list_protocols(cells=True) if "/" in name]
+    specs = {cell.network for cell in cells if cell.network.stem == "small" or cell.network.name.endswith("vgg11")}
+    assert len(specs) == 5
+    for spec in specs:
+        spec.require((), (3, 32, 32), 10)

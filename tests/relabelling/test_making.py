@@ -142,7 +142,7 @@ def test_a_damaged_file_is_made_again_by_the_same_call(made, committee, tmp_path
         ({"seed": 1}, "seed"),
         ({"epochs": 2}, "recipe, epochs"),
         ({"codec": "uint8"}, "codec"),
-        ({"temperature": 5.0}, "weights"),
+        ({"temperature": 5.0}, "weights, vote_temperature"),
     ],
 )
 def test_labels_of_another_make_are_not_continued(options, what, made, committee, tmp_path, begun):
@@ -286,9 +286,10 @@ def test_the_log_tells_bytes_and_time(made, committee, caplog):
         ({"teacher_mode": "train"}, InvalidSetting, "teacher_mode = 'train'"),
         ({"temperature": 0.0}, InvalidSetting, "temperature = 0.0"),
         ({"recipe": None}, InvalidSetting, "recipe = None"),
-        ({"recipe": "cvdd"}, InvalidSetting, "recipe = 'cvdd'"),
+        ({"recipe": 3}, InvalidSetting, "recipe = 3"),
+        ({"recipe": "cvd"}, UnknownName, "did you mean 'cvdd'"),
         ({"recipe": replace(CUT, augmentation=Siamese())}, InvalidSetting, "ResizedCrop and PadCrop"),
-        ({"calibration": FerKD()}, InvalidSetting, "does not mix"),
+        ({"calibration": FerKD()}, InvalidSetting, "mix = CutMix.* none beside a calibration"),
         (
             {"calibration": FerKD(), "teacher_mode": "batch", "recipe": replace(CUT, mix=None)},
             InvalidSetting,
@@ -327,3 +328,10 @@ def test_labels_can_be_opened_meanwhile_only_when_finished(made, committee, tmp_
     (tmp_path / "labels").mkdir()
     with pytest.raises(BadArtifact, match="not a finished"):
         LabelSet.load(tmp_path / "labels")
+
+
+def test_a_protocol_may_be_named(made, committee):
+    few = {"epochs": 1, "device": "cpu", "progress": False}
+    named, given = (relabel(made, committee, recipe, **few) for recipe in ("cvdd", get_protocol("cvdd")))
+    assert named.files == given.files
+    assert estimate_labels(made, committee, "cvdd", device="cpu").epochs == 300

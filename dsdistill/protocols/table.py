@@ -1,14 +1,11 @@
-"""Evaluation protocols as data: a named one is a row of a table, a custom one an instance.
+"""Evaluation protocols as data: a named one is a row of this table, a custom one an instance.
 
 The published protocols of a family give numbers 10 to 20 points apart on the same images, so a score is only
 meaningful together with its protocol.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Annotated, Literal
-
-from annotated_types import Ge, Gt, Lt
+from dataclasses import replace
 
 from dsdistill.augmentations import (
     CutMix,
@@ -20,52 +17,9 @@ from dsdistill.augmentations import (
     always_flip_color_cutout,
     flip_first,
 )
-from dsdistill.errors import UnknownName
 from dsdistill.networks import NetworkSpec
-from dsdistill.training import Distillation, TrainingRecipe
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationProtocol(TrainingRecipe):
-    """How a network is trained on a set before it is tested.
-
-    Raises:
-        InvalidSetting: a field has the wrong type or is out of range.
-    """
-
-    name: str = "custom"
-    """Shown beside every score."""
-    network: NetworkSpec = NetworkSpec()
-    """Network trained from scratch in each repeat."""
-    epochs: Annotated[int, Ge(1)] = 1000
-    """Passes over the set."""
-    learned_lr: bool = False
-    """Train on a set that carries a learned step size with that instead of lr, which baselines keep."""
-    selection: Literal["last", "validation"] = "last"
-    """Which network is tested: the one after the last epoch, or the best on real training images held out for it."""
-    validation_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
-    """Share of each class of the real training images held out where selection is "validation"."""
-    validation_checks: Annotated[int, Ge(1)] = 10
-    """How often, evenly over the epochs, a network is then scored on them."""
-
-    teacher_mode: Literal["eval", "batch"] = "eval"
-    """Batch norms of teachers take their running statistics, or those of the images they see: of each of the
-    ``sub_batches`` of a mini-batch."""
-    targets: Literal["views", "images"] = "views"
-    """What teachers are asked about: each view that a network sees, or the clean images, once; where these are mixed,
-    their logits are."""
-    vote_temperature: Annotated[float, Gt(0)] | None = None
-    """Several teachers vote by softmax(prior performance / vote_temperature); None: all alike."""
-
-    @property
-    def title(self) -> str:
-        """The name, and which fields differ from the protocol registered under it."""
-        known = PROTOCOLS.get(self.name)
-        changed = [
-            f.name for f in fields(self) if known is not None and getattr(self, f.name) != getattr(known, f.name)
-        ]
-        return f"{self.name} (changed: {', '.join(changed)})" if changed else self.name
-
+from dsdistill.protocols.protocol import EvaluationProtocol
+from dsdistill.training import Distillation
 
 _ALL = ("color", "crop", "cutout", "flip", "scale", "rotate")
 _UNCUT = ("color", "crop", "flip", "scale", "rotate")  # with CutMix, the line of IDC leaves cutout out
@@ -183,16 +137,13 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
         teacher_mode="batch",
     ),
     # Cui et al., arXiv 2501.07575 (CV-DD, and SRe2L++ with one teacher): stored labels of teachers that take the
-    # statistics of half a mini-batch, as the student does. The row is CIFAR-10. Elsewhere, for ResNet-18: CIFAR-100 at
-    # IPC 10 slowdown 2; Tiny-ImageNet slowdown 2 but at IPC 10; ImageNette lr 5e-4, slowdown 2 but at IPC 10;
-    # ImageNet-1K slowdown 2 but at IPC 50. Batch 10 for CIFAR-10 at IPC 1 and for labels of ImageNette. Theirs split a
+    # statistics of half a mini-batch, as the student does. The row is CIFAR-10; `cells` has the others. Theirs split a
     # last, smaller batch differently for teacher and student; here both split it in one way. Teachers vote at
     # temperature 10.
     "cvdd": replace(_DECOUPLED, name="cvdd", batch_size=16, sub_batches=2, teacher_mode="batch", vote_temperature=10.0),
     # Sun et al., CVPR 2024 (RDED), from 128 pixels on: the patches of a mosaic change places, and crops have at least
-    # half of the area. Batch 100 is for 1000 classes at IPC 10; theirs is 10, 50, 100 at IPC 1, 10, 50, twice that for
-    # 100 and 1000 classes, and 100 on Tiny-ImageNet. Other students take another lr (MobileNetV2 2.5e-3, VGG-11 5e-4,
-    # EfficientNet-B0 2e-3). They test on the middle of enlarged images; here images are tested as they are.
+    # half of the area. Batch 100 is for 1000 classes at IPC 10; `cells` has the others. They test on the middle of
+    # enlarged images; here images are tested as they are.
     "rded": replace(
         _DECOUPLED,
         name="rded",
@@ -200,7 +151,8 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
         slowdown=2.0,
         augmentation=PatchShuffle(factor=2, then=ResizedCrop(scale=(0.5, 1.0))),
     ),
-    # RDED up to 64 pixels: an image is a single patch, and is shown whole. Batch 50 is for 10 classes at IPC 10.
+    # RDED up to 64 pixels: an image is a single patch, and is shown whole. Batch 50 is for 10 classes at IPC 10;
+    # `cells` has the others.
     "rded_small": replace(
         _DECOUPLED, name="rded_small", batch_size=50, slowdown=2.0, augmentation=ResizedCrop(scale=(1.0, 1.0))
     ),
@@ -215,19 +167,3 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
     # AST (Shen et al., arXiv 2310.10541) has no row: the scripts of its code differ in epochs (300 to 1500) and in
     # where the step size halves, lower the momentum there, and report the best epoch on the test split.
 }
-
-
-def list_protocols() -> list[str]:
-    """Names of the protocols."""
-    return sorted(PROTOCOLS)
-
-
-def get_protocol(name: str) -> EvaluationProtocol:
-    """A named protocol.
-
-    Raises:
-        UnknownName: with the nearest known name.
-    """
-    if name.lower() not in PROTOCOLS:
-        raise UnknownName("protocol", name, list_protocols())
-    return PROTOCOLS[name.lower()]
