@@ -15,7 +15,9 @@ def _relabel_arguments(parser: ArgumentParser) -> None:
     from dsdistill.relabelling import FerKD
 
     path_arguments(parser)
-    parser.add_argument("--teachers", type=Path, required=True, help="Folder of a teacher, or of folders of such.")
+    parser.add_argument(
+        "--teachers", type=Path, nargs="+", required=True, help="Folder of a teacher or of folders of such; or several."
+    )
     parser.add_argument(
         "--protocol",
         type=str,

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.experts import STORE_HELP
+from dsdistill.cli.hints import next_commands
 from dsdistill.cli.options import (
     NO_MIX,
-    LoadOptions,
     Verb,
     data_arguments,
     load_source,
@@ -29,7 +28,6 @@ from dsdistill.errors import DistillError, InvalidSetting, OutputConflict, Unkno
 
 if TYPE_CHECKING:
     from dsdistill.networks import NetworkSpec
-    from dsdistill.synthetic import SyntheticDataset
 
 
 def _synthesize_arguments(parser: ArgumentParser) -> None:
@@ -85,25 +83,13 @@ def _synthesize(config: Namespace) -> Any:
         chunk=config.chunk,
         store=config.store,
     )
-    loading = [
-        f"--load.{name}={list(value) if isinstance(value, tuple) else value}"
-        for name, value in vars(config.load).items()
-        if value != getattr(LoadOptions, name)
-    ]
-    protocol = _protocol_of(synthetic)
-    command = shlex.join(["dsdistill", "evaluate", str(config.out), "--data", config.data, *loading, *protocol])
-    say(config, f"{synthetic!r}\nsaved in {config.out}; score it with: {command}")
+    commands = next_commands(config, synthetic, source)
+    if len(commands) == 1:
+        told = f"score it with: {commands[0]}"
+    else:
+        told = "\n  ".join(["have its teachers label it, and score it on what they say:", *commands])
+    say(config, f"{synthetic!r}\nsaved in {config.out}; {told}")
     return summary(config.out)
-
-
-def _protocol_of(synthetic: "SyntheticDataset") -> list[str]:
-    """The option for a protocol that trains with the step size that a set carries; none where it carries none."""
-    from dsdistill.exchange.arrays import LEARNED_LR
-    from dsdistill.labels import SoftLabels
-
-    if LEARNED_LR not in synthetic.learned:
-        return []
-    return ["--protocol", "datm" if isinstance(synthetic.labels, SoftLabels) else "mtt"]
 
 
 @contextmanager
@@ -170,9 +156,10 @@ def _evaluate_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--teachers",
-        type=Path | None,
+        type=Path,
+        nargs="+",
         default=None,
-        help="Folder of teachers; of protocols that learn from some, asked where there are no --labels.",
+        help="Folder of teachers, or several; of protocols that learn from some, asked where there are no --labels.",
     )
     parser.add_argument("--whole_epochs", type=int | None, default=None, help="Epochs of the whole-training-set row.")
     run_arguments(parser)

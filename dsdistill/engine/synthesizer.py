@@ -129,7 +129,8 @@ class Synthesizer(ABC):
     The base class of all methods: a frozen, keyword-only dataclass whose fields are the settings, checked when the
     object is made. Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps`
     and `step`. Most extend `PerClass`, which brings ``ipc``. ``presets`` are published settings by dataset and budget:
-    "cifar10/ipc10", or "cifar10/ipc10/repo" where a paper and its code differ.
+    "cifar10/ipc10", or "cifar10/ipc10/repo" where a paper and its code differ. ``protocol`` is the named one that its
+    sets are scored under where nothing else is asked for.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
@@ -138,6 +139,7 @@ class Synthesizer(ABC):
     paper: ClassVar[str]
     network_needs: ClassVar[tuple[Need, ...]] = ()
     presets: ClassVar[Mapping[str, Preset]] = {}
+    protocol: ClassVar[str] = "dsa"
     whole_batches: ClassVar[bool] = False
     """Whether the images of a step must pass at once, so that a smaller chunk saves no memory."""
 

@@ -24,7 +24,7 @@ from dsdistill.core.device import default_chunk
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import BadArtifact, InvalidSetting
-from dsdistill.experts.schooling import schooled
+from dsdistill.experts.schooling import schooled, teacher_folder
 from dsdistill.experts.teacher import MANIFEST, Teacher
 from dsdistill.networks import NetworkSpec
 from dsdistill.training import TrainingRecipe
@@ -69,6 +69,13 @@ class Teachers:
         if not self.networks or len(set(self.networks)) < len(self.networks):
             raise InvalidSetting("Teachers.networks", self.networks, "at least one network, each once")
 
+    def folders(self, source: ImageSource, store: Path) -> list[Path]:
+        """Where they are once a run on these images, with that store, has had them."""
+        if self.folder is not None:
+            return [Path(self.folder)]
+        training = self.training or SQUEEZE
+        return [teacher_folder(store, source, spec, training, self.seed) for spec in self.networks]
+
 
 class Committee(Sequence[Teacher]):
     """Teachers for the same classes and pixels.
@@ -105,12 +112,19 @@ class Committee(Sequence[Teacher]):
         return made[teachers]
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> "Committee":
+    def load(cls, folder: str | Path | Sequence[str | Path], device: torch.device | str = "cpu") -> "Committee":
         """The teacher of a folder, or those of the folders in it: as they were trained, further ones by name.
+
+        Args:
+            folder: or several such, whose teachers are taken one after the other.
+            device: where their networks shall live.
 
         Raises:
             BadArtifact: there is none, one is damaged, or one that was named when they were trained is not finished.
+            InvalidSetting: two share a name.
         """
+        if not isinstance(folder, (str, Path)):
+            return cls([member for one in folder for member in cls.load(one, device)])
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             return cls([Teacher.load(folder, device)])

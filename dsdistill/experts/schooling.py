@@ -56,10 +56,10 @@ def schooled(
         Stopped: the run was asked to stop; epochs that are behind it are kept.
         OutOfSpace: the disk is full.
     """
-    identity = _identity(run, spec, training, seed)
+    identity = _identity(run.source, spec, training, seed)
     digest = settings_digest(identity)
     if folder is None and run.store is not None:
-        folder = run.store / "teachers" / digest
+        folder = stored_at(run.store, digest)
     if folder is None or run.shared.rehearsal is not None:
         found = None if folder is None else _found(run, folder, digest)
         return found or _trained(run, spec, training, seed, identity, None, progress)
@@ -103,8 +103,17 @@ def teacher_spec(name: str, shape: tuple[int, int, int]) -> NetworkSpec:
     return NetworkSpec(name, norm="batch") if ":" not in name and plain.has("norm") else plain
 
 
-def _identity(run: Run, spec: NetworkSpec, training: TrainingRecipe, seed: int) -> dict[str, Any]:
-    source = run.source
+def teacher_folder(store: Path, source: ImageSource, spec: NetworkSpec, training: TrainingRecipe, seed: int) -> Path:
+    """Where in a store runs on these images keep such a teacher."""
+    return stored_at(store, settings_digest(_identity(source, spec, training, seed)))
+
+
+def stored_at(store: Path, digest: str) -> Path:
+    """Where in a store the teacher of that identity is."""
+    return store / "teachers" / digest
+
+
+def _identity(source: ImageSource, spec: NetworkSpec, training: TrainingRecipe, seed: int) -> dict[str, Any]:
     return {
         "version": STORED_AS,
         "network": to_dict(spec),

@@ -38,6 +38,7 @@ LEAST_SHARE = 0.08
 class Fitting(Synthesizer):
     """What methods that fit images to teachers share: settings, views, the loss, and the record of who was asked."""
 
+    protocol: ClassVar[str] = "cvdd"
     whole_batches: ClassVar[bool] = True  # statistics couple the images of a problem
 
     ipc: Annotated[int, Ge(1)] = 10

@@ -64,6 +64,7 @@ _IMAGENET: dict[str, Any] = {"iterations": 2000, "statistics_weight": 0.01, "cro
 class INFER(Fitting):
     """Inter-class feature compensators: real images, and a few additions to them that all classes share."""
 
+    protocol: ClassVar[str] = "ufc_static"
     paper: ClassVar[str] = (
         "Zhang et al., Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator, "
         "ICLR 2025, arXiv 2408.06927"

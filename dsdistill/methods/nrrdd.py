@@ -46,6 +46,7 @@ from dsdistill.matching.recovery import ByProblem, Problem, into_range
 class NRRDD(ByProblem):
     """Non-critical region refinement: mosaics of telling real patches, refined where the class is not seen."""
 
+    protocol: ClassVar[str] = "rethinking_soft"
     paper: ClassVar[str] = (
         "Tran et al., Enhancing Dataset Distillation via Non-Critical Region Refinement, CVPR 2025, arXiv 2503.18267"
     )

@@ -35,6 +35,7 @@ _CODE = "authors' code"
 class RDED(Synthesizer):
     """Realistic, diverse, efficient: mosaics of the real patches that a teacher recognises best; nothing is learned."""
 
+    protocol: ClassVar[str] = "rded"
     paper: ClassVar[str] = (
         "Sun et al., On the Diversity and Realism of Distilled Dataset: An Efficient Dataset Distillation Paradigm, "
         "CVPR 2024, arXiv 2312.03526"
