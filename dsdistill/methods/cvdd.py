@@ -9,8 +9,9 @@ with CE_k and R_k as in SRe2L (R_k has its own factor 10 on the first layer). La
 with w at temperature 10, by the statistics of each half batch (batch-specific soft labels): protocol "cvdd".
 
 Pairs, as in the authors' code: where every pair can be had once, each has an index, in lexicographic order (five
-teachers at ipc 10); else each index draws one at random. At ipc 1 it is the two of highest prior; the code names other
-pairs for CIFAR-10 and ImageNette (MobileNetV2 and DenseNet-121) and CIFAR-100 (ShuffleNetV2 and MobileNetV2).
+teachers at ipc 10); else each index draws one at random. At ipc 1 it is the two of highest prior, or those that are
+named (`fixed`): the code takes others for CIFAR-10 and ImageNette (MobileNetV2 and DenseNet-121) and CIFAR-100
+(ShuffleNetV2 and MobileNetV2), which are presets.
 
 Departures from the authors' code: as in SRe2L. The generator of its start images ("medium" patches) was not published;
 `dsdistill.matching.patches` says what is done instead.
@@ -48,6 +49,14 @@ class CVDD(Recovery):
     paper: ClassVar[str] = "Cui et al., Dataset Distillation via Committee Voting, arXiv 2501.07575"
     presets: ClassVar[Mapping[str, Preset]] = {
         "small": Preset("authors' code, 32 and 64 pixels", {"shift": 4, "teachers": _SMALL}),
+        **{
+            f"{data}/ipc1": Preset(f"authors' code, {data} at IPC 1", {"ipc": 1, "fixed": pair, **settings})
+            for data, pair, settings in (
+                ("cifar10", ("mobilenet_v2", "densenet121"), {"shift": 4, "teachers": _SMALL}),
+                ("cifar100", ("shufflenet_v2", "mobilenet_v2"), {"shift": 4, "teachers": _SMALL}),
+                ("imagenette", ("mobilenet_v2", "densenet121"), {"shift": 32, "teachers": _LARGE}),
+            )
+        },
         "large": Preset(
             "authors' code, 224 pixels; on ImageNet-1K teachers have the weights of torchvision",
             {"shift": 32, "teachers": _LARGE},
@@ -60,6 +69,8 @@ class CVDD(Recovery):
     """Teachers drawn for each image index."""
     temperature: Annotated[float, Gt(0)] = 5.0
     """τ of the vote by prior performance, in percent."""
+    fixed: tuple[str, ...] = ()
+    """Names of the teachers, parts of them that tell them apart, that recover every index, instead of drawn ones."""
     init: Literal["noise", "patches"] = "patches"
     """Where images start: from mosaics of real patches of middling difficulty, or from N(0, 1)."""
 
@@ -94,6 +105,7 @@ class CVDD(Recovery):
         committee = Committee.of(run, self.teachers)
         if len(committee) < self.drawn:
             raise InvalidSetting("CVDD.drawn", self.drawn, f"the committee has {len(committee)} teachers")
+        self._named(committee)
         if self.voting == "prior":
             committee.performances()  # refuses before any work what is unknown
         super().prepare(run)
@@ -112,6 +124,8 @@ class CVDD(Recovery):
 
     def members(self, committee: Committee, index: int, draws: Rng) -> tuple[int, ...]:
         """Places in the committee of those that recover the images of an index."""
+        if self.fixed:
+            return self._named(committee)
         choices = list(combinations(range(len(committee)), self.drawn))
         if self.ipc == 1 and self.voting == "prior":
             best = torch.sort(committee.performances(), descending=True, stable=True).indices[: self.drawn]
@@ -119,3 +133,14 @@ class CVDD(Recovery):
         if self.ipc == len(choices):
             return choices[index]
         return choices[int(torch.randint(len(choices), (), generator=draws.at("members", device="cpu")))]
+
+    def _named(self, committee: Committee) -> tuple[int, ...]:
+        """Places of the teachers in `fixed`."""
+        places = []
+        for part in self.fixed:
+            found = [place for place, teacher in enumerate(committee) if part in teacher.name]
+            if len(found) != 1 or found[0] in places:
+                names = ", ".join(teacher.name for teacher in committee)
+                raise InvalidSetting("CVDD.fixed", part, f"part of one name among {names}, each named once")
+            places += found
+        return tuple(sorted(places))

@@ -139,6 +139,16 @@ def test_pairs_and_weights_of_each_index(source, committee):
     assert [alone.voters(run, index) for index in range(3)] == [((n, 1.0),) for n in range(3)]
 
 
+def test_teachers_may_be_named_instead_of_drawn(source, committee):
+    run, names = run_of(source), [one.name for one in committee]
+    fixed = CVDD(ipc=3, teachers=THREE, fixed=(names[2], names[0]))
+    fixed.prepare(run)
+    assert [tuple(voter.member for voter in fixed.voters(run, index)) for index in range(3)] == [(0, 2)] * 3
+    for wrong in ((names[0], names[0]), ("resnet",), ("convnet",)):
+        with pytest.raises(InvalidSetting, match=r"CVDD\.fixed"):
+            replace(fixed, fixed=wrong).prepare(run)
+
+
 def test_a_committee_of_one_recovers_as_sre2l_does(source, committee):
     settings = {"ipc": 1, "iterations": 3, "init": "noise", "shift": 1}
     one = made(SRe2L(**settings), source).tensors()[0]
@@ -282,6 +292,14 @@ def test_published_settings():
         (CDA, "imagenet_21k"): {"lr_images": 0.05, "iterations": 2000, "statistics_weight": 0.25, "shift": 32},
         (CVDD, "small"): {"shift": 4, "init": "patches", "drawn": 2, "temperature": 5.0, "voting": "prior"},
         (CVDD, "large"): {"shift": 32, "init": "patches", "drawn": 2, "temperature": 5.0, "voting": "prior"},
+        **{
+            (CVDD, f"{data}/ipc1"): {"ipc": 1, "shift": shift, "fixed": pair, "init": "patches"}
+            for data, shift, pair in (
+                ("cifar10", 4, ("mobilenet_v2", "densenet121")),
+                ("cifar100", 4, ("shufflenet_v2", "mobilenet_v2")),
+                ("imagenette", 32, ("mobilenet_v2", "densenet121")),
+            )
+        },
     }
     assert {(cls, name) for cls in (SRe2L, CDA, CVDD) for name in cls.presets} == set(differing)
     for (cls, name), changes in differing.items():
