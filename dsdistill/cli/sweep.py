@@ -55,6 +55,13 @@ def arguments(parser: ArgumentParser) -> None:
         default=None,
         help="Network of the evaluation instead of the protocol's: its name; --network.width, ...",
     )
+    parser.add_argument(
+        "--teachers",
+        type=Path,
+        nargs="+",
+        default=None,
+        help="Folder of teachers, or several, asked under protocols that learn from some (cvdd, rethinking_soft, ...).",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="Fresh networks per seed and row.")
     parser.add_argument(
         "--baselines",
@@ -104,6 +111,7 @@ def run(config: Namespace) -> Any:
             repeats=config.repeats,
             baselines=[name for name in config.baselines if name != "none"],
             whole_epochs=config.whole_epochs,
+            teachers=config.teachers,
             workers=config.workers,
             devices=config.devices.split(",") if config.devices else None,
             load=vars(config.load),
@@ -215,7 +223,9 @@ VERBS = {
         "  dsdistill sweep --data digits --methods DM,RandomReal --ipc 1,10 --seeds 3 --set iterations=300 "
         "--epochs 100 --out runs/study\n"
         "  dsdistill sweep --data cifar10 --methods DM --ipc 1,10,50 --set DM.lr_images=0.5 --devices cuda:0,cuda:1 "
-        "--out runs/cifar10",
+        "--out runs/cifar10\n"
+        "  dsdistill sweep --data cifar10 --methods CVDD,SRe2L,RandomReal --set teachers.folder=teachers --ipc 1,10 "
+        "--protocol cvdd --teachers teachers --out runs/taught",
         arguments,
         run,
     )

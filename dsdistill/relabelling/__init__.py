@@ -5,6 +5,7 @@ from dsdistill.relabelling.codecs import CODECS, Codec, EightBits, Float, TopK, 
 from dsdistill.relabelling.distances import Distances
 from dsdistill.relabelling.labelset import LabelSet
 from dsdistill.relabelling.making import LabelsEstimate, estimate_labels, relabel
+from dsdistill.relabelling.plan import label_bytes
 from dsdistill.relabelling.replay import Replay
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "TopK",
     "estimate_labels",
     "get_codec",
+    "label_bytes",
     "relabel",
 ]

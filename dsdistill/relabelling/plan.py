@@ -77,6 +77,22 @@ def planned(
     return heading
 
 
+def label_bytes(synthetic: SyntheticDataset, committee: Committee, recipe: TrainingRecipe) -> int:
+    """Bytes that labels of a set take for all epochs of a training, as 16-bit numbers: what `relabel` would store.
+
+    Of views that cannot be recorded, those of the labels alone. Errors as in `relabel`.
+    """
+    kind: Kind = "static" if getattr(recipe, "targets", "views") == "images" else "replayed"
+    try:
+        recipe_or_none = None if kind == "static" else recipe
+        heading = planned(synthetic, committee, Asked(recipe=recipe_or_none, kind=kind), torch.device("cpu"), None)
+    except InvalidSetting as error:
+        if error.setting != "augmentation":
+            raise
+        return 2 * len(synthetic.classes) * len(synthetic) * recipe.epochs
+    return heading.predicted_bytes()
+
+
 def require_teachers(committee: Committee, synthetic: SyntheticDataset) -> None:
     """Refuse teachers of other classes, shapes or pixels than a set has.
 

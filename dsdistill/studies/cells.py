@@ -6,7 +6,7 @@ changes makes a new cell. Versions, devices and threads, which touch only the la
 
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from dsdistill.data import ImageSource, load
 from dsdistill.engine import Synthesizer
 from dsdistill.errors import BadData, InvalidSetting, UnknownName
 from dsdistill.evaluation import EvaluationProtocol
+from dsdistill.experts import Committee
 from dsdistill.methods import RandomReal, create_method
 
 _FORMAT = 1
@@ -73,6 +74,40 @@ class DataReference:
         }
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Teachers of a study: where they are, and by whose digests they are known again."""
+
+    folders: tuple[str, ...]
+    digests: tuple[str, ...]
+    performances: tuple[float | None, ...]
+
+    @classmethod
+    def of(cls, folders: str | Path | Sequence[str | Path]) -> "Asked":
+        """Those of the folders now. Errors as `Committee.load`."""
+        several = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        committee = Committee.load(several)
+        return cls(
+            tuple(str(Path(folder).absolute()) for folder in several),
+            tuple(one.digest for one in committee),
+            tuple(one.performance for one in committee),
+        )
+
+    def load(self) -> Committee:
+        """The teachers.
+
+        Raises:
+            BadData: they are others than when the study began. And what `Committee.load` does.
+        """
+        found = self.of(self.folders)
+        if found != self:
+            raise BadData(
+                f"the teachers in {', '.join(self.folders)}, or their priors, are others than when the study began; "
+                "run the study again"
+            )
+        return Committee.load(self.folders)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How the sets of a study are scored; see `dsdistill.evaluation.evaluate`."""
@@ -87,6 +122,8 @@ class Scoring:
     """Epochs of the whole-training-set row, None for the protocol's."""
     seed: int | None = None
     """Seed of networks and random images; None for the cell's own, so that seeds are independent of one another."""
+    teachers: Asked | None = None
+    """Who is asked about sets and random images, where the protocol learns from teachers."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -138,6 +175,7 @@ class Cell:
                 "seed": self.evaluation_seed,
                 "baselines": sorted(scoring.baselines),
                 "whole_epochs": scoring.whole_epochs if self.whole else None,
+                **({} if scoring.teachers is None else {"teachers": asked_json(scoring.teachers)}),
             },
         }
 
@@ -199,4 +237,11 @@ def make_cells(
 
 def scoring_json(scoring: Scoring) -> dict[str, Any]:
     """A grid's way of scoring, in plain containers."""
-    return {**asdict(scoring), "protocol": to_dict(scoring.protocol), "baselines": list(scoring.baselines)}
+    told = {**asdict(scoring), "protocol": to_dict(scoring.protocol), "baselines": list(scoring.baselines)}
+    return told | {"teachers": None if scoring.teachers is None else asked_json(scoring.teachers)}
+
+
+def asked_json(teachers: Asked) -> list[dict[str, Any]]:
+    """What of teachers decides a result, wherever they are."""
+    known = zip(teachers.digests, teachers.performances, strict=True)
+    return [{"digest": digest, "performance": performance} for digest, performance in known]

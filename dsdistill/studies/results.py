@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from dsdistill.engine.workspace import differences
 from dsdistill.errors import BadArtifact
 from dsdistill.evaluation import Score
-from dsdistill.evaluation.result import cells, table
+from dsdistill.evaluation.result import HARD, cells, table
 from dsdistill.studies.folder import RESULTS
 from dsdistill.studies.ledger import Ledger, Line
 
@@ -25,8 +25,8 @@ class Point:
     ``setting`` says on what and how everything was scored. ``networks`` maps a synthesis seed to the accuracies of its
     networks (of all evaluation seeds, where there are several); ``accuracy``, ``random`` and ``gain`` are over seeds,
     each of which gives the mean of its networks. The gain is over random real images and paired; it and ``random`` are
-    None where those were not scored. ``bytes`` is the stored form, labels included; ``random_bytes`` that of as many
-    plain real images.
+    None where those were not scored. ``hard`` is the same training on classes alone, None where networks learned those
+    anyway. ``bytes`` is the stored form, labels included; ``random_bytes`` that of as many plain real images.
     """
 
     setting: str
@@ -38,9 +38,11 @@ class Point:
     accuracy: Score
     random: Score | None
     gain: Score | None
+    hard: Score | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers."""
+        scores = {"accuracy": self.accuracy, "random": self.random, "gain": self.gain, "hard": self.hard}
         return {
             "setting": self.setting,
             "method": self.method,
@@ -48,10 +50,7 @@ class Point:
             "bytes": self.bytes,
             "random_bytes": self.random_bytes,
             "networks": {str(seed): list(values) for seed, values in self.networks.items()},
-            **{
-                name: None if score is None else score.to_json()
-                for name, score in (("accuracy", self.accuracy), ("random", self.random), ("gain", self.gain))
-            },
+            **{name: None if score is None else score.to_json() for name, score in scores.items()},
         }
 
 
@@ -154,6 +153,7 @@ def _point(setting: str, method: str, ipc: int, rows: Sequence[Line]) -> Point:
 
     networks, randoms = collect(lambda row: row["accuracies"]), collect(lambda row: row["baselines"].get("random"))
     gains = collect(lambda row: row["gain"])
+    hard = collect(lambda row: row["baselines"].get(f"synthetic{HARD}"))
     return Point(
         setting=setting,
         method=method,
@@ -164,6 +164,7 @@ def _point(setting: str, method: str, ipc: int, rows: Sequence[Line]) -> Point:
         accuracy=_over_seeds(networks),
         random=_over_seeds(randoms) if all(randoms) else None,
         gain=_over_seeds(gains) if all(gains) else None,
+        hard=_over_seeds(hard) if all(hard) else None,
     )
 
 
@@ -187,7 +188,7 @@ def _settings(rows: Sequence[Line]) -> list[str]:
             f"{evaluation['repeats']} networks per seed",
         ]
         names.append(", ".join(words))
-        values.append({"data": data, "protocol": protocol})
+        values.append({"data": data, "protocol": protocol, "teachers": evaluation.get("teachers")})
     return _distinguished(names, values, separator=", ")
 
 
@@ -224,13 +225,16 @@ def _at(values: Mapping[str, Any], place: str) -> str:
 
 
 def _section(setting: str, points: Sequence[Point], whole: Whole | None) -> str:
-    rows = [("method", "ipc", "bytes", "accuracy %", "95 %", "random %", "gain", "95 %", "seeds x networks")]
+    taught = any(point.hard for point in points)
+    hard = ("hard %", "95 %") if taught else ()
+    rows = [("method", "ipc", "bytes", "accuracy %", "95 %", *hard, "random %", "gain", "95 %", "seeds x networks")]
     for point in points:
         random = cells(point.random)[0] if point.random else "-"
         gain = (f"{100 * point.gain.mean:+.2f}", cells(point.gain)[1]) if point.gain else ("-", "-")
         n = sorted({len(values) for values in point.networks.values()})
         networks = f"{point.accuracy.n} x {'/'.join(map(str, n))}"
-        figures = (str(point.ipc), f"{point.bytes:,}", *cells(point.accuracy), random, *gain, networks)
+        hard = () if not taught else cells(point.hard) if point.hard else ("-", "-")
+        figures = (str(point.ipc), f"{point.bytes:,}", *cells(point.accuracy), *hard, random, *gain, networks)
         rows.append((point.method, *figures))
     lines = [setting, *table(rows)]
     if whole is not None:

@@ -22,7 +22,8 @@ from dsdistill.errors import InvalidSetting, Stopped, UnknownName
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.score import BASELINES
 from dsdistill.recipe import library_versions
-from dsdistill.studies.cells import Cell, DataReference, Scoring, make_cells, named_methods, scoring_json
+from dsdistill.relabelling.plan import voting
+from dsdistill.studies.cells import Asked, Cell, DataReference, Scoring, make_cells, named_methods, scoring_json
 from dsdistill.studies.folder import StudyFolder
 from dsdistill.studies.halting import Interruption
 from dsdistill.studies.ledger import Line
@@ -62,6 +63,7 @@ def grid(
     baselines: Iterable[str] = ("random",),
     whole_epochs: int | None = None,
     evaluation_seed: int | None = None,
+    teachers: str | Path | Sequence[str | Path] | None = None,
     executor: Executor | None = None,
     workers: int | None = None,
     devices: Sequence[str] | None = None,
@@ -92,6 +94,8 @@ def grid(
         whole_epochs: epochs of the whole row, None for the protocol's.
         evaluation_seed: seed of all networks and random images; None for the seed of the synthesis, so that seeds are
             independent of one another, and methods under one seed paired.
+        teachers: folder of a committee, or several, who are asked while networks are trained; of protocols with
+            distillation, and of these alone. Cells then have the same training on classes beside.
         executor: takes the cells instead of our own processes; only ``submit`` is used. Images given as a source
             travel with every cell. Threads share torch's global generators: methods and networks that draw from them
             are then not repeatable, those of this package are.
@@ -112,7 +116,7 @@ def grid(
         BadArtifact: ``results.jsonl`` is damaged.
         concurrent.futures.BrokenExecutor: the executor given broke; what was finished is kept.
     """
-    scoring = _scoring(protocol, epochs, repeats, baselines, whole_epochs, evaluation_seed)
+    scoring = _scoring(protocol, epochs, repeats, baselines, whole_epochs, evaluation_seed, teachers)
     reference = DataReference(data, dict(load or {}))
     chosen = named_methods(methods)
     checkpoint_every = whole_number("checkpoint_every", checkpoint_every, 1)
@@ -122,6 +126,8 @@ def grid(
     source = reference.open()
     described = reference.describe(source)
     cells = make_cells(described, chosen, budgets=budgets, seeds=numbers, scoring=scoring)
+    if scoring.teachers is not None:
+        scoring.teachers.load().check(source)
     for cell in cells.values():
         cell.check(source)
     with StudyFolder(Path(out)) as folder, isolated_global_rng(torch.device("cpu")):
@@ -221,11 +227,17 @@ def _scoring(
     baselines: Iterable[str],
     whole_epochs: int | None,
     seed: int | None,
+    teachers: str | Path | Sequence[str | Path] | None,
 ) -> Scoring:
     resolved = get_protocol(protocol) if isinstance(protocol, str) else protocol
-    if resolved.distillation is not None:
-        allowed = "one whose networks learn classes alone (dsa, rethinking_hard, ...): a study has no teachers to ask"
-        raise InvalidSetting("protocol", resolved.name, f"{allowed}; distill here and score with `evaluate`")
+    if resolved.distillation is not None and teachers is None:
+        allowed = "one whose networks learn classes alone (dsa, rethinking_hard, ...), unless teachers are named"
+        raise InvalidSetting("protocol", resolved.name, allowed)
+    if resolved.distillation is None and teachers is not None:
+        raise InvalidSetting("teachers", teachers, f"none: protocol {resolved.name} has no distillation")
+    asked = None if teachers is None else Asked.of(teachers)
+    if asked is not None:
+        voting(asked.load(), resolved.vote_temperature)  # refuses a vote by priors that are not known
     rows = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
     for row in rows:
         if row not in BASELINES:
@@ -236,6 +248,7 @@ def _scoring(
         baselines=rows,
         whole_epochs=whole_epochs,
         seed=seed,
+        teachers=asked,
     )
 
 

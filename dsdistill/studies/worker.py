@@ -24,8 +24,10 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import synthesize
 from dsdistill.errors import BadData, DistillError, Stopped
 from dsdistill.evaluation import EvaluationResult, evaluate
+from dsdistill.experts import Committee
 from dsdistill.labels import HardLabels
 from dsdistill.recipe import library_versions
+from dsdistill.relabelling import label_bytes
 from dsdistill.studies.cells import Cell, DataReference
 from dsdistill.studies.folder import cell_folder, error_file
 from dsdistill.studies.halting import Halted, Halting
@@ -151,6 +153,7 @@ def _measured(task: Task, halting: Halting) -> Line:
     seconds["synthesis"] += time.perf_counter() - begin
     peak, begin = peak_memory(device), time.perf_counter()
     scoring = cell.scoring
+    teachers = None if scoring.teachers is None else scoring.teachers.load()
     result = evaluate(
         synthetic,
         source,
@@ -158,6 +161,7 @@ def _measured(task: Task, halting: Halting) -> Line:
         repeats=scoring.repeats,
         baselines=scoring.baselines,
         whole_epochs=scoring.whole_epochs,
+        teachers=teachers,
         seed=cell.evaluation_seed,
         device=device,
         progress=False,
@@ -166,7 +170,7 @@ def _measured(task: Task, halting: Halting) -> Line:
     return {
         **_identity(cell, "done"),
         **_scores(result),
-        "bytes": _bytes(synthetic),
+        "bytes": _bytes(synthetic, cell, teachers),
         "images": len(synthetic),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_memory_bytes": max(peak, result.peak_memory),
@@ -203,12 +207,18 @@ def _scores(result: EvaluationResult) -> Line:
     }
 
 
-def _bytes(synthetic: SyntheticDataset) -> dict[str, int]:
-    """The stored form; ``random`` is what as many plain real images with class labels take."""
+def _bytes(synthetic: SyntheticDataset, cell: Cell, teachers: Committee | None) -> dict[str, int]:
+    """The stored form; ``random`` is what as many plain real images with class labels take.
+
+    Where teachers are asked, what their labels would take in store (``taught``, 16-bit numbers for all epochs) is part
+    of both.
+    """
     channels, height, width = synthetic.shape
     labels = HardLabels(synthetic.labels.classes, len(synthetic.classes))
     plain = 4 * channels * height * width * synthetic.images.count + labels.nbytes
-    return {**synthetic.nbytes._asdict(), "total": synthetic.nbytes.total, "random": plain}
+    told = {} if teachers is None else {"taught": label_bytes(synthetic, teachers, cell.scoring.protocol)}
+    more = sum(told.values())
+    return {**synthetic.nbytes._asdict(), **told, "total": synthetic.nbytes.total + more, "random": plain + more}
 
 
 def _seconds_logged(log: Path) -> float:

@@ -177,7 +177,7 @@ def test_a_folder_of_something_else_is_refused(grid, tmp_path):
         ({"seeds": 0}, InvalidSetting, "seeds = 0"),
         ({"seeds": ["1"]}, InvalidSetting, "seeds = '1'"),
         ({"protocol": "dsaa"}, UnknownName, "did you mean 'dsa'"),
-        ({"protocol": "cvdd"}, InvalidSetting, "protocol = 'cvdd' .*no teachers to ask"),
+        ({"protocol": "cvdd"}, InvalidSetting, "protocol = 'cvdd' .*unless teachers are named"),
         ({"baselines": ["randm"]}, UnknownName, "did you mean 'random'"),
         ({"repeats": 0}, InvalidSetting, r"Scoring\.repeats = 0"),
         ({"workers": 0}, InvalidSetting, "workers = 0"),
