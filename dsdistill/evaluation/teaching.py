@@ -144,8 +144,8 @@ def checked_teaching(
         raise InvalidSetting(
             "teachers",
             None,
-            f"protocol {protocol.name} learns from teachers: give a committee (teachers=Committee.load(...), --teachers "
-            "FOLDER), or labels that one made of the set (labels=LabelSet.load(...), --labels FOLDER)",
+            f"protocol {protocol.name} learns from teachers: give a committee (teachers=Committee.load(...), "
+            "--teachers FOLDER), or labels that one made of the set (labels=LabelSet.load(...), --labels FOLDER)",
         )
     if labels is not None and labels.kind == "distances" and not isinstance(protocol.distillation, Distances):
         protocol = replace(protocol, distillation=Distances())
@@ -161,8 +161,8 @@ def checked_teaching(
         raise InvalidSetting(
             "teachers",
             None,
-            f"a committee (--teachers FOLDER), of whom the real images of {', '.join(baselines)} are learned; or none of "
-            "these (baselines=(), --baselines none)",
+            f"a committee (--teachers FOLDER), of whom the real images of {', '.join(baselines)} are learned; or none "
+            "of these (baselines=(), --baselines none)",
         )
     _check_both(labels, teachers)
     if isinstance(protocol.distillation, Distances) and "whole" in baselines:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dsdistill.errors import InvalidSetting
+from dsdistill.networks.small_maps import SmallMapConv
 
 
 class MeasuredNetwork:
@@ -58,10 +59,16 @@ class MeasuredNetwork:
         for number, (place, part) in enumerate(found):
             measured = _MeasuredNorm(part, number, self._tape)
             self._norms.append(measured)
-            if place:
-                self.module.set_submodule(place, measured)
-            else:
-                self.module = measured
+            self._put(place, measured)
+        for place, module in [*self.module.named_modules()]:
+            if SmallMapConv.suits(module):
+                self._put(place, SmallMapConv(module))
+
+    def _put(self, place: str, part: nn.Module) -> None:
+        if place:
+            self.module.set_submodule(place, part)
+        else:
+            self.module = part
 
     def __call__(self, images: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
         """Logits, and the distances of every layer that is run; differentiable once in the images.

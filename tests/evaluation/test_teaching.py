@@ -300,7 +300,7 @@ def test_a_protocol_without_distillation_has_no_teachers(synthetic, source, comm
 def test_a_protocol_with_distillation_needs_labels_or_teachers(synthetic, source, committee, trained):
     with pytest.raises(InvalidSetting, match=r"teachers = None .*protocol quick learns from teachers"):
         run(synthetic, source)
-    with pytest.raises(InvalidSetting, match=r"real images of random are learned; or baselines=\(\)"):
+    with pytest.raises(InvalidSetting, match=r"real images of random are learned; or none of these \(baselines=\(\)"):
         run(synthetic, source, labels=label(synthetic, committee))
     assert not trained
 

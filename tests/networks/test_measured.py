@@ -7,6 +7,7 @@ from torch import nn
 from dsdistill.errors import InvalidSetting
 from dsdistill.networks import MeasuredNetwork, NetworkSpec
 from dsdistill.networks.measured import group_moments
+from dsdistill.networks.small_maps import SmallMapConv
 
 # Channel 0: running mean 0, variance 1; channel 1: 1 and 4. Two values of each channel.
 EXACT = torch.tensor([[1.0, -1.0], [-1.0, 3.0]])
@@ -168,3 +169,14 @@ def test_a_network_without_running_statistics_is_refused():
 def test_images_that_are_no_multiple_of_the_groups_are_refused():
     with pytest.raises(InvalidSetting, match="a divisor of the 5 images"):
         MeasuredNetwork(trained(width=6, depth=2))(torch.zeros(5, 3, 8, 8, dtype=torch.float64), groups=2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"groups": 4}, {"dilation": 2}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str
+)
+def test_other_convolutions_are_left_as_they_are(changes):
+    other = nn.Conv2d(4, 4, 3, **changes)
+    hooked = nn.Conv2d(4, 4, 3, padding=1)  # as the library's weight norm, which makes the weight at each call
+    hooked.register_forward_pre_hook(lambda module, arguments: None)
+    module = MeasuredNetwork(nn.Sequential(other, hooked, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))).module
+    assert [type(part) for part in module[:3]] == [nn.Conv2d, nn.Conv2d, SmallMapConv]
