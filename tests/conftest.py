@@ -1,6 +1,7 @@
 """Shared fixtures: small sources, a quick method."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from dsdistill.methods import DM
 from dsdistill.networks import NetworkSpec
 
 torch.set_num_threads(1)  # tensors here are tiny: threads would only wait for each other
+LEVEL = logging.getLogger("dsdistill").level
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,13 +22,20 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk():
+    """No test can cut the power: what is written here is safe with the system."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def quiet_again():
-    """The command line sets the level of our logger for its process: here, for one test."""
-    logger = logging.getLogger("dsdistill")
-    level = logger.level
+    """The command line sets the level of our logger for its process: here, for one test, or for what tests share."""
+    logging.getLogger("dsdistill").setLevel(LEVEL)
     yield
-    logger.setLevel(level)
+    logging.getLogger("dsdistill").setLevel(LEVEL)
 
 
 def make_images(

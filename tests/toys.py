@@ -1,5 +1,6 @@
 """Methods made to exercise the engine, and a run that a test may kill."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
@@ -46,22 +47,45 @@ class Wander(PerClass):
         return {"loss": torch.tensor(torch.nan if iteration == self.bad_at else float(iteration))}
 
 
-if __name__ == "__main__":  # python toys.py OUT: a DM run slow enough to be killed in the middle
-    import time
-
+def slow_run(out, callback):
+    """A DM run with a checkpoint after every third step."""
     from dsdistill import synthesize
     from dsdistill.methods import DM
     from dsdistill.networks import NetworkSpec
     from dsdistill.testing import toy_source
 
-    torch.set_num_threads(1)
-    pause = float(sys.argv[2]) if len(sys.argv) > 2 else 0.0
     method = DM(ipc=2, iterations=60, real_batch=4, network=NetworkSpec(width=8))
-    synthesize(
-        method,
-        toy_source(),
-        device="cpu",
-        out=sys.argv[1],
-        checkpoint_every=3,
-        callback=lambda event: (print(event.iteration, flush=True), time.sleep(pause)),
-    )
+    synthesize(method, toy_source(), device="cpu", out=out, checkpoint_every=3, callback=callback)
+
+
+def fork_runs():
+    """Make that run for every line "PAUSE OUT" of the input, each in a fork that tells its id and its steps.
+
+    An interpreter starts slower than they run.
+    """
+    import time
+
+    from faults.nursery import ended, forked
+
+    from dsdistill import methods, synthesize
+    from dsdistill.testing import toy_source
+
+    methods.get_method("DM")
+    synthesize(Wander(ipc=1), toy_source(), device="cpu")  # libraries are loaded by it; no backward pass, as it forks
+
+    def run(out, pause):
+        def tell(event):
+            print("step", event.iteration, flush=True)
+            time.sleep(pause)
+
+        print("process", os.getpid(), flush=True)
+        slow_run(out, tell)
+
+    for line in sys.stdin:
+        pause, out = line.rstrip("\n").split(" ", 1)
+        print("ended", ended(forked(lambda: run(out, float(pause)))), flush=True)  # noqa: B023
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    fork_runs()

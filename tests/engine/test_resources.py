@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from dsdistill.methods import DC, DM, FYI, IDC
 from dsdistill.methods import idc as idc_module
 from dsdistill.networks import NetworkSpec
 
-TOYS = Path(__file__).parents[1] / "toys.py"
+TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,21 +284,35 @@ def _can_mount():
     return subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
 
 
+_FULL = """
+import sys
+from pathlib import Path
+from toys import slow_run
+from dsdistill.engine import checkpoint
+for size in sys.argv[2:]:
+    folder = Path(sys.argv[1], size)
+    try:
+        slow_run(folder / "out", None)
+    except Exception as error:
+        print(size, type(error).__name__, error)
+    print(size, "newest", (checkpoint.read_newest(folder / "out" / "run" / "jobs" / "all") or [None])[0])
+    print(*(path.name for path in folder.rglob(".tmp-*")))
+"""
+
+
 @pytest.mark.skipif(not _can_mount(), reason="the system allows no private mounts")
-@pytest.mark.parametrize("size", ["32k", "56k"])
-def test_a_disk_that_fills_up_during_a_run(size, tmp_path):
-    """A real file system of a few kB: the run ends with exit code 5's error, what was committed stays whole."""
-    script = (
-        f"mount -t tmpfs -o size={size} none {tmp_path} && {sys.executable} {TOYS} {tmp_path}/out; code=$?; "
-        f"find {tmp_path} -name '.tmp-*' | head; "
-        f'{sys.executable} -c "import sys; from pathlib import Path; from dsdistill.engine import checkpoint; '
-        f"print('newest', (checkpoint.read_newest(Path('{tmp_path}/out/run/jobs/all')) or [None])[0])\"; exit $code"
-    )
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert "OutOfSpace" in done.stderr
-    assert "bytes are needed" in done.stderr
-    assert "newest" in done.stdout
+def test_a_disk_that_fills_up_during_a_run(tmp_path):
+    """Real file systems of a few kB: the run ends with the error for it, what was committed stays whole."""
+    sizes = ("32k", "56k")
+    mounts = [f"mkdir {tmp_path}/{size} && mount -t tmpfs -o size={size} none {tmp_path}/{size}" for size in sizes]
+    script = " && ".join([*mounts, 'exec "$@"'])
+    command = ["unshare", "-rm", "sh", "-c", script, "-", sys.executable, "-c", _FULL, str(tmp_path), *sizes]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for size in sizes:
+        assert re.search(rf"^{size} OutOfSpace .*bytes are needed", done.stdout, re.MULTILINE), done.stdout
+        assert f"{size} newest" in done.stdout
     assert ".tmp-" not in done.stdout
 
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -307,61 +306,69 @@ def test_chunking_changes_nothing_but_rounding(source, method):
         )
 
 
-def start(out, pause):
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(TOYS), str(out), str(pause)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+@dataclass
+class Forks:
+    """Makes the runs of `toys` one after another, each in a process that may be killed."""
 
+    parent: subprocess.Popen
+    errors: Path
 
-def wait_for_step(process, step):
-    for line in process.stdout:
-        if int(line) >= step:
-            return
-    raise AssertionError(process.stderr.read())
+    def start(self, out, pause=0.0):
+        """The id of a new process, which waits so many seconds after each step."""
+        self.parent.stdin.write(f"{pause} {out}\n")
+        self.parent.stdin.flush()
+        return self.hear("process")
+
+    def hear(self, kind, least=-signal.NSIG):
+        """The next number of a kind from ``least`` on."""
+        for line in iter(self.parent.stdout.readline, ""):
+            said, number = line.split()
+            if said == kind and int(number) >= least:
+                return int(number)
+            assert said != "ended", self.errors.read_text()
+        raise AssertionError(self.errors.read_text())
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def forks(tmp_path_factory):
+    errors = tmp_path_factory.mktemp("forks") / "errors"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with errors.open("w") as file, subprocess.Popen([sys.executable, str(TOYS)], stderr=file, **pipes) as parent:
+        yield Forks(parent, errors)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(forks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "out"
-    process = start(folder, 0)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    forks.start(folder)
+    assert forks.hear("ended") == 0, forks.errors.read_text()
     return contents(folder)
 
 
-def test_killed_runs_end_in_the_same_bytes(uninterrupted, tmp_path):
+def test_killed_runs_end_in_the_same_bytes(forks, uninterrupted, tmp_path):
     for step in (1, 25, 44):
-        process = start(tmp_path / "out", 0.005)
-        wait_for_step(process, step)
-        process.kill()
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-    process = start(tmp_path / "out", 0)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+        process = forks.start(tmp_path / "out", 0.005)
+        forks.hear("step", step)
+        os.kill(process, signal.SIGKILL)
+        assert forks.hear("ended") == -signal.SIGKILL
+    forks.start(tmp_path / "out")
+    assert forks.hear("ended") == 0, forks.errors.read_text()
     assert contents(tmp_path / "out") == uninterrupted
     assert not list((tmp_path / "out").glob(".tmp-*"))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_and_saves(signum, uninterrupted, tmp_path):
-    process = start(tmp_path / "out", 0.02)
-    wait_for_step(process, 4)
-    process.send_signal(signum)
-    begin = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - begin < 10
-    assert "Stopped: stopped by " + signal.Signals(signum).name in errors
+def test_a_signal_ends_the_step_and_saves(signum, forks, uninterrupted, tmp_path):
+    said_before = len(forks.errors.read_text())
+    process = forks.start(tmp_path / "out", 0.02)
+    forks.hear("step", 4)
+    os.kill(process, signum)
+    assert forks.hear("ended") == 1
+    assert "Stopped: stopped by " + signal.Signals(signum).name in forks.errors.read_text()[said_before:]
     steps = sorted((tmp_path / "out/run/jobs/all").glob("step_*"))
     assert int(steps[-1].name[-9:]) >= 5
-    process = start(tmp_path / "out", 0)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    forks.start(tmp_path / "out")
+    assert forks.hear("ended") == 0, forks.errors.read_text()
     assert contents(tmp_path / "out") == uninterrupted
 
 

@@ -12,8 +12,10 @@ import filelock
 import pytest
 from faults import nursery
 
+from dsdistill.cli.main import main
 from dsdistill.engine import checkpoint
 from dsdistill.errors import OutputLocked
+from dsdistill.methods import DM
 
 SCRIPT = Path(nursery.__file__)
 TESTS = SCRIPT.parents[1]
@@ -71,24 +73,18 @@ def catches(process, signum):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="signal masks are read from /proc")
-def test_a_second_signal_ends_a_run_at_once(sleeper, tmp_path):
-    sleeper.send_signal(signal.SIGTERM)
-    wait_until(lambda: not catches(sleeper, signal.SIGTERM), sleeper)  # the first was taken as a wish
-    sleeper.send_signal(signal.SIGTERM)
-    assert sleeper.wait(timeout=60) == -signal.SIGTERM
-    newest = checkpoint.read_newest(tmp_path / "out" / "run" / "jobs" / "class%2F0")
-    assert newest[0] == 2
-
-
-def test_two_runs_in_one_folder_and_the_lock_of_a_dead_one(sleeper, tmp_path, monkeypatch):
+def test_two_runs_in_one_folder_a_second_signal_that_ends_one_at_once_and_its_lock(sleeper, tmp_path, monkeypatch):
     method, out = nursery.Sleeper(ipc=1, iterations=3), tmp_path / "out"
     before = sorted(out.rglob("*"))
     with pytest.raises(OutputLocked, match=f"in use by process {sleeper.pid} on ") as caught:
         nursery.run(out, method)
     assert caught.value.exit_code == 5
     assert sorted(out.rglob("*")) == before
-    sleeper.kill()
-    sleeper.wait()
+    sleeper.send_signal(signal.SIGTERM)
+    wait_until(lambda: not catches(sleeper, signal.SIGTERM), sleeper)  # the first was taken as a wish
+    sleeper.send_signal(signal.SIGTERM)
+    assert sleeper.wait(timeout=60) == -signal.SIGTERM
+    assert checkpoint.read_newest(out / "run" / "jobs" / "class%2F0")[0] == 2
     assert json.loads((out / "run" / "lock.json").read_text())["pid"] == sleeper.pid  # stale, and no hindrance
     monkeypatch.setattr(nursery.time, "sleep", lambda seconds: None)
     for folder in (out, tmp_path / "whole"):
@@ -107,14 +103,25 @@ def test_a_lock_that_names_nobody(content, tmp_path):
     assert json.loads((tmp_path / "run" / "lock.json").read_text())["pid"] == os.getpid()
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_exit_codes_of_a_command_that_was_asked_to_stop(signum, code, tmp_path):
+def test_a_command_that_was_asked_to_stop(tmp_path):
     command = [sys.executable, "-m", "dsdistill", "synthesize", *LONG.split(), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     log = tmp_path / "out" / "run" / "metrics.jsonl"
     wait_until(lambda: log.exists() and log.stat().st_size, process)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 130
     assert "Run the same command again to continue" in errors
     assert "Traceback" not in errors
+
+
+def test_the_exit_code_of_a_command_that_was_asked_to_end(tmp_path, monkeypatch, capsys):
+    step = DM.step
+
+    def asked(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(DM, "step", asked)
+    assert main(["synthesize", *LONG.split(), "--out", str(tmp_path / "out")]) == 143
+    assert "Run the same command again to continue" in capsys.readouterr().err

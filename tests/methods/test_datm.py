@@ -258,7 +258,7 @@ def test_a_run_that_only_skips_is_stopped(source):
         synthesize(replace(METHOD, guard=1e-6, patience=3, iterations=10), source, progress=False)
 
 
-@pytest.mark.parametrize("changes", [{"init": "random"}, {"labels": "hard"}, {"form": Tiled(factor=2)}], ids=str)
+@pytest.mark.parametrize("changes", [{"init": "random", "labels": "hard"}, {"form": Tiled(factor=2)}], ids=str)
 def test_datm_keeps_the_contract_in_its_variants(changes):
     assert len(check_synthesizer(replace(METHOD, **changes))) == 9
 

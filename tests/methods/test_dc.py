@@ -211,8 +211,7 @@ def test_soft_labels_are_learned_with_the_images(source):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"network": NetworkSpec(width=4, depth=1, norm="batch")},
-        {"momentum_network": 0.5},
+        {"network": NetworkSpec(width=4, depth=1, norm="batch"), "momentum_network": 0.5},
         {"labels": "soft", "form": Tiled(factor=2)},
     ],
     ids=str,

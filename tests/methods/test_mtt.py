@@ -166,15 +166,11 @@ def test_soft_labels_are_learned(source):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"labels": "soft"},
-        {"backward": "unroll"},
-        {"backward": "forward"},
-        {"backward": "truncated"},
-        {"form": Tiled(factor=2), "augmentation": Siamese()},
-        {"form": Tiled(factor=3, bound=9), "ipc": 3, "on_small_class": "duplicate"},
-        {"network": NetworkSpec("mlp", width=6)},
+        {"labels": "soft", "backward": "unroll"},
+        {"backward": "forward", "form": Tiled(factor=2), "augmentation": Siamese()},
+        {"backward": "truncated", "form": Tiled(factor=3, bound=9), "ipc": 3, "on_small_class": "duplicate"},
+        {"network": NetworkSpec("mlp", width=6), "experts": replace(FEW, precision="float16")},
         {"network": replace(SMALL, norm="batch")},
-        {"experts": replace(FEW, precision="float16")},
     ],
     ids=str,
 )

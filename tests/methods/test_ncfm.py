@@ -443,7 +443,6 @@ def test_the_distance_falls(source):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sampling": "network"},
         {"sampling": "mixture", "frequencies": 17},
         {"network": BATCHED, "sampling": "network", "form": Tiled(factor=2)},
         {"alpha": 0.9, "beta": 0.1, "optimizer": "sgd"},

@@ -114,6 +114,7 @@ def test_a_signal_lets_workers_save_their_step(uninterrupted, tmp_path):
     assert figures(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow  # in one process: test_grid
 def test_a_signal_interrupts_scoring(tmp_path):
     process = start(tmp_path, 0, epochs=10**7)
     wait_until(lambda: len(list(tmp_path.glob("cells/*/dataset.json"))) == 2, process)
