@@ -1,4 +1,4 @@
-"""What to type after `dsdistill synthesize`: commands that score the set as its method's authors do."""
+"""What to type after `dsdistill synthesize`: commands that score the set under a protocol that suits its method."""
 
 import shlex
 from collections.abc import Sequence
@@ -54,11 +54,11 @@ def _protocol_of(synthetic: "SyntheticDataset", method: Any = None) -> list[str]
 def _asked(config: Namespace, teachers: Any, source: Any) -> tuple[list[str], list[str]]:
     """Options for the teachers, and for an equal vote of those whose priors are not known."""
     from dsdistill.data.cache import cache_folder
-    from dsdistill.experts import Committee
+    from dsdistill.experts.committee import recorded_performances
 
     places = teachers.folders(source, cache_folder() if config.store is None else config.store)
-    members = Committee.load(places)
-    known = len(members) == 1 or all(member.performance is not None for member in members)
+    performances = [one for place in places for one in recorded_performances(place)]
+    known = len(performances) == 1 or None not in performances
     return ["--teachers", *map(str, places)], [] if known else ["--temperature", "equal"]
 
 

@@ -23,9 +23,12 @@ def run(config: Namespace) -> Any:
     """
     from dsdistill.experts.teacher import MANIFEST as TEACHER
     from dsdistill.relabelling.heading import MANIFEST as LABELS
+    from dsdistill.synthetic import MANIFEST as SET
 
     if os.path.lexists(config.path / LABELS):
         return _labels(config)
+    if os.path.lexists(config.path / SET):
+        return _set(config)
     if os.path.lexists(config.path / TEACHER) or any(config.path.glob(f"*/{TEACHER}")):
         return _teachers(config)
     return _set(config)
@@ -87,23 +90,28 @@ def _teachers(config: Namespace) -> Any:
 
     told = []
     for teacher in Committee.load(config.path):
-        known = teacher.performance
         lines = [
             f"{teacher.name} ({teacher.nbytes / 2**20:.1f} MiB)",
             _line("network", teacher.spec),
             _line("classes", _some(teacher.classes)),
             _line("images", f"{teacher.shape}, {teacher.normalization}"),
             _line("accuracy", f"{100 * teacher.accuracy:.1f} % of training images"),
-            _line("prior", "unknown (dsdistill prior)" if known is None else f"{known:.1f} %"),
+            _line("prior", _prior_of(teacher)),
             _line("digest", teacher.digest),
-            *(_line("history", f"{key} = {value}") for key, value in teacher.history.items() if key != "versions"),
-            *_versions(teacher.history.get("versions", {})),
+            *(_line("history", f"{key} = {value}") for key, value in teacher.history.items()),
         ]
         say(config, "\n".join(lines))
         kept = ("name", "digest", "classes", "shape", "accuracy", "performance", "history", "nbytes")
         told.append({key: getattr(teacher, key) for key in kept} | {"network": to_dict(teacher.spec)})
     say(config, "all files match their sha256")
     return {"path": str(config.path), "teachers": told}
+
+
+def _prior_of(teacher: Any) -> str:
+    if teacher.performance is None:
+        return "unknown (dsdistill prior)"
+    how = teacher.history.get("prior")
+    return f"{teacher.performance:.1f} %{f', {how}' if how else ''}"
 
 
 def _line(what: str, value: object) -> str:

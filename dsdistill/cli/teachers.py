@@ -138,6 +138,11 @@ def _prior(config: Namespace) -> Any:
     from dsdistill.studies.prior import PLUS, estimate_priors, measure_priors, write_published
 
     if config.published:
+        measured = ("ipc", "iterations", "protocol", "epochs", "network", "repeats", "again", "dry_run")
+        usual = {"ipc": PLUS.ipc, "iterations": PLUS.iterations, "protocol": "cvdd", "repeats": 1}
+        idle = [name for name in measured if config[name] != usual.get(name) and config[name] is not False]
+        if idle:
+            raise InvalidSetting("--published", True, f"without --{', --'.join(idle)}: nothing is measured")
         found = write_published(config.path, config.data)
         say(config, "\n".join(f"{name}: {value:.1f} %, published" for name, value in found.items()))
         return dict(found)

@@ -128,6 +128,8 @@ def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
         UnknownName: a key is no field of the class, or a ``"type"`` names no known class.
         InvalidSetting: a value has the wrong type or is out of range, or one without default is missing.
     """
+    if not isinstance(data, Mapping):
+        raise InvalidSetting(cls.__name__, data, "its settings by name")
     named = str(data.get(TYPE_KEY, cls.__name__))
     known = {name: child for name, child in _subclasses(cls).items() if not inspect.isabstract(child)}
     actual = known.get(named)

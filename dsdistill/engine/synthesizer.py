@@ -129,8 +129,8 @@ class Synthesizer(ABC):
     The base class of all methods: a frozen, keyword-only dataclass whose fields are the settings, checked when the
     object is made. Subclasses declare ``paper`` (citation), their fields, `start`, and for iterative methods `steps`
     and `step`. Most extend `PerClass`, which brings ``ipc``. ``presets`` are published settings by dataset and budget:
-    "cifar10/ipc10", or "cifar10/ipc10/repo" where a paper and its code differ. ``protocol`` is the named one that its
-    sets are scored under where nothing else is asked for.
+    "cifar10/ipc10", or "cifar10/ipc10/repo" where a paper and its code differ. ``protocol`` is the named one that the
+    command line suggests for its sets.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.

@@ -83,4 +83,6 @@ def checked(path: Path, what: str, read: Callable[[], object]) -> Finding:
         read()
     except BadArtifact as error:
         return Finding(path, what, str(error))
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError) as error:
+        return Finding(path, what, f"{path}: describes nothing that can be ({type(error).__name__}: {error})")
     return Finding(path, what)

@@ -150,6 +150,7 @@ def checked_teaching(
     if labels is not None and labels.kind == "distances" and not isinstance(protocol.distillation, Distances):
         protocol = replace(protocol, distillation=Distances())
     _check_targets(labels, protocol)
+    check_rows(protocol, baselines)
     if labels is not None:
         if len(labels.heading.weights) > 1:
             protocol = replace(protocol, vote_temperature=labels.heading.vote_temperature)
@@ -165,14 +166,25 @@ def checked_teaching(
             "of these (baselines=(), --baselines none)",
         )
     _check_both(labels, teachers)
-    if isinstance(protocol.distillation, Distances) and "whole" in baselines:
-        raise InvalidSetting("baselines", baselines, "not the whole training set: distances are asked of small sets")
     if labels is not None:
         weights = labels.heading.weights
     else:
         assert teachers is not None
         weights = voting(teachers, protocol.vote_temperature)
     return protocol, Teaching(synthetic, labels, teachers, weights)
+
+
+def check_rows(protocol: EvaluationProtocol, baselines: tuple[str, ...]) -> None:
+    """Refuse a protocol with teachers that contradicts itself, or the rows asked for.
+
+    Raises:
+        InvalidSetting: naming the setting and the mend.
+    """
+    if protocol.distillation is None:
+        return
+    _check_targets(None, protocol)
+    if isinstance(protocol.distillation, Distances) and "whole" in baselines:
+        raise InvalidSetting("baselines", baselines, "not the whole training set: distances are asked of small sets")
 
 
 def _check_targets(labels: LabelSet | None, protocol: EvaluationProtocol) -> None:

@@ -17,7 +17,7 @@ Departures from the authors' code: as in SRe2L. The generator of its start image
 `dsdistill.matching.patches` says what is done instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, ClassVar, Literal
@@ -29,7 +29,7 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Preset, Run
 from dsdistill.errors import InvalidSetting
-from dsdistill.experts import RECIPES, Committee, Teachers
+from dsdistill.experts import RECIPES, Committee, Teachers, teacher_name
 from dsdistill.matching.fitting import LEAST_SHARE
 from dsdistill.matching.recovery import Recovery, Voter
 from dsdistill.networks import NetworkSpec
@@ -40,6 +40,7 @@ _SMALL = Teachers(
     networks=tuple(NetworkSpec(f"torchvision:{name}", stem="small") for name in MODELS), training=RECIPES["cvdd_cifar"]
 )
 _LARGE = Teachers(networks=tuple(NetworkSpec(f"torchvision:{name.replace('x0_5', 'x1_0')}") for name in MODELS))
+_NETTE = Teachers(networks=_LARGE.networks, training=RECIPES["cvdd_imagenette"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class CVDD(Recovery):
             for data, pair, settings in (
                 ("cifar10", ("mobilenet_v2", "densenet121"), {"shift": 4, "teachers": _SMALL}),
                 ("cifar100", ("shufflenet_v2", "mobilenet_v2"), {"shift": 4, "teachers": _SMALL}),
-                ("imagenette", ("mobilenet_v2", "densenet121"), {"shift": 32, "teachers": _LARGE}),
+                ("imagenette", ("mobilenet_v2", "densenet121"), {"shift": 32, "teachers": _NETTE}),
             )
         },
         "large": Preset(
@@ -70,7 +71,7 @@ class CVDD(Recovery):
     temperature: Annotated[float, Gt(0)] = 5.0
     """τ of the vote by prior performance, in percent."""
     fixed: tuple[str, ...] = ()
-    """Names of the teachers, parts of them that tell them apart, that recover every index, instead of drawn ones."""
+    """Names of the teachers that recover every index, instead of drawn ones; or parts of names that tell them apart."""
     init: Literal["noise", "patches"] = "patches"
     """Where images start: from mosaics of real patches of middling difficulty, or from N(0, 1)."""
 
@@ -91,7 +92,9 @@ class CVDD(Recovery):
                 "teachers without a folder have no prior performance: make one (dsdistill teachers, dsdistill prior) "
                 "and name it as teachers.folder, or let them vote 'equal'",
             )
-        if self.teachers.folder is None and len(self.teachers.networks) < self.drawn:
+        if self.teachers.folder is None and self.fixed:
+            self._named([teacher_name(spec) for spec in self.teachers.networks])
+        elif self.teachers.folder is None and len(self.teachers.networks) < self.drawn:
             raise InvalidSetting(
                 "CVDD.drawn",
                 self.drawn,
@@ -103,9 +106,9 @@ class CVDD(Recovery):
 
     def prepare(self, run: Run) -> None:
         committee = Committee.of(run, self.teachers)
-        if len(committee) < self.drawn:
+        if not self.fixed and len(committee) < self.drawn:
             raise InvalidSetting("CVDD.drawn", self.drawn, f"the committee has {len(committee)} teachers")
-        self._named(committee)
+        self._named([teacher.name for teacher in committee])
         if self.voting == "prior":
             committee.performances()  # refuses before any work what is unknown
         super().prepare(run)
@@ -125,7 +128,7 @@ class CVDD(Recovery):
     def members(self, committee: Committee, index: int, draws: Rng) -> tuple[int, ...]:
         """Places in the committee of those that recover the images of an index."""
         if self.fixed:
-            return self._named(committee)
+            return self._named([teacher.name for teacher in committee])
         choices = list(combinations(range(len(committee)), self.drawn))
         if self.ipc == 1 and self.voting == "prior":
             best = torch.sort(committee.performances(), descending=True, stable=True).indices[: self.drawn]
@@ -134,13 +137,14 @@ class CVDD(Recovery):
             return choices[index]
         return choices[int(torch.randint(len(choices), (), generator=draws.at("members", device="cpu")))]
 
-    def _named(self, committee: Committee) -> tuple[int, ...]:
-        """Places of the teachers in `fixed`."""
+    def _named(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Places of the teachers in `fixed` among those of these names."""
         places = []
         for part in self.fixed:
-            found = [place for place, teacher in enumerate(committee) if part in teacher.name]
+            found = [place for place, name in enumerate(names) if part == name]
+            found = found or [place for place, name in enumerate(names) if part in name]
             if len(found) != 1 or found[0] in places:
-                names = ", ".join(teacher.name for teacher in committee)
-                raise InvalidSetting("CVDD.fixed", part, f"part of one name among {names}, each named once")
+                allowed = f"part of one name among {', '.join(names)}, each named once"
+                raise InvalidSetting("CVDD.fixed", part, allowed)
             places += found
         return tuple(sorted(places))

@@ -4,8 +4,10 @@ What makes a class is kept as it is in real images, and only the rest is refined
 
 Initial images: of a pool of real images of class y, each gives random crops. With C(x) in [0, 1] the class activation
 map of the teacher f (`dsdistill.matching.activation`), those t crops of an image that hold most of the mass of its map
-are critical; of these the one that f recognises *least* is taken (RDED takes the one it recognises best), and of the
-pool the f² · IPC least recognised ones make the mosaics, f x f to each.
+are critical; of those whose class f gives at least `trusted`, the one that f recognises *least* is taken (RDED takes
+the one it recognises best), and of the pool the f² · IPC least recognised ones make the mosaics, f x f to each. Where f
+gives every crop of an image less, its best one comes after all others: it shows something else, and would teach it
+under this class.
 
 Refinement: the map of each mosaic, made once, says what may change, and how far::
 
@@ -18,9 +20,9 @@ Labels: of each mixed view two distances to its classes, in place of all probabi
 (`relabel(kind="distances")`, `dsdistill.relabelling.Distances`).
 
 The authors' constants were not at hand. Inferred are all of: ``threshold`` (ε), ``critical`` (t), ``crops``, ``pool``,
-``factor`` (f, as in RDED), ``trusted``, the order of choice, α with m_1 = 10 (as in SRe2L), ``iterations``,
-``lr_images``, and the views (those of SRe2L at larger sizes). They are settings. Departures from the paper beyond that
-are not known.
+``factor`` (f, as in RDED), the order of choice, α with m_1 = 10 (as in SRe2L), ``iterations``,
+``lr_images``, and the views (those of SRe2L at larger sizes). They are settings. ``trusted`` is ours, a departure: with
+0 the choice is as summaries of the paper tell it, and with teachers that give nearly no crop so much it is RDED's.
 """
 
 import math
@@ -66,7 +68,7 @@ class NRRDD(ByProblem):
     critical: Annotated[int, Ge(1)] = 5
     """t, crops of each image that are kept for how much of its activation they hold (inferred)."""
     trusted: Annotated[float, Ge(0), Lt(1)] = 0.5
-    """Least probability of its class for a patch not to come last; 0 for whatever is recognised least (inferred)."""
+    """Least probability of its class for a patch not to come last; 0 for whatever is recognised least (ours)."""
 
     def check(self, source: ImageSource) -> None:
         """Refuse what `ByProblem.check` refuses, and classes and pools with too few images for so many patches.

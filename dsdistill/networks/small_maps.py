@@ -34,15 +34,25 @@ class SmallMapConv(nn.Module):
             and not isinstance(part.padding, str)
             and not part._forward_pre_hooks
             and not part._forward_hooks
+            and not part.weight.requires_grad
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """What networks read of their convolutions, ``weight`` say."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
 
     def forward(self, maps: Tensor) -> Tensor:
         """As the convolution."""
         layer = self.layer
         assert not isinstance(layer.padding, str)
+        if maps.dim() != 4 or maps.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return layer(maps)  # type: ignore[no-any-return]
         sides = zip(maps.shape[2:], layer.kernel_size, layer.stride, layer.padding, strict=True)
-        pixels = math.prod((side + 2 * edge - kernel) // stride + 1 for side, kernel, stride, edge in sides)
-        if maps.device.type != "cpu" or torch.is_autocast_enabled("cpu") or pixels > SMALL_MAP:
+        made = [(side + 2 * edge - kernel) // stride + 1 for side, kernel, stride, edge in sides]
+        if min(made) < 1 or math.prod(made) > SMALL_MAP:
             return layer(maps)  # type: ignore[no-any-return]
         result: Tensor = _ConvByProduct.apply(maps, layer.weight, layer.stride, layer.padding)
         return result if layer.bias is None else result + layer.bias.view(-1, 1, 1)

@@ -26,6 +26,7 @@ Kind = Literal["replayed", "static", "distances"]
 KINDS: tuple[Kind, ...] = ("replayed", "static", "distances")
 Records = Literal["stored", "drawn"]
 _DIGEST_BYTES = 32
+_MOST_EPOCHS = 10**6
 _SAFETENSORS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -137,7 +138,9 @@ class Heading:
         Raises:
             UnknownName, InvalidSetting, LookupError, TypeError, ValueError: the content is none.
         """
-        known = {f.name: content[f.name] for f in fields(cls)}
+        known = {f.name: content[f.name] for f in fields(cls) if f.name != "vote_temperature"}
+        known["vote_temperature"] = content.get("vote_temperature")
+        _check_types(known)
         if known["kind"] not in KINDS or (known["recipe"] is None) != (known["kind"] == "static"):
             raise ValueError(f"kind {known['kind']!r} with recipe {known['recipe']!r}")
         channels, height, width = map(int, known["shape"])
@@ -151,6 +154,31 @@ class Heading:
             "calibration": None if known["calibration"] is None else from_dict(FerKD, known["calibration"]),
         }
         return cls(**{**known, **made})
+
+
+def _check_types(known: Mapping[str, Any]) -> None:
+    """Refuse what no heading has.
+
+    Raises:
+        ValueError, TypeError: naming the field.
+    """
+    weights, teachers = known["weights"], known["teachers"]
+    temperature, epochs = known["vote_temperature"], known["epochs"]
+    right = {
+        "count": type(known["count"]) is int and 0 < known["count"] < 2**40,
+        "seed": type(known["seed"]) is int,
+        "epochs": epochs is None or (type(epochs) is int and 0 < epochs <= _MOST_EPOCHS),
+        "teacher_mode": known["teacher_mode"] in ("eval", "batch"),
+        "records": known["records"] in ("stored", "drawn"),
+        "vote_temperature": temperature is None or (isinstance(temperature, (int, float)) and temperature > 0),
+        "teachers": bool(teachers) and all(isinstance(one, Mapping) and "digest" in one for one in teachers),
+        "weights": all(isinstance(one, (int, float)) for one in weights) and abs(sum(weights) - 1) < 1e-3,
+    }
+    wrong = [name for name, fine in right.items() if not fine]
+    if wrong or len(weights) != len(teachers):
+        raise ValueError(f"{', '.join(wrong) or 'weights'} cannot be")
+    if temperature is None and len(set(weights)) > 1:
+        raise ValueError("made before it was recorded how teachers vote: label the set anew")
 
 
 def file_name(epoch: int) -> str:

@@ -12,6 +12,7 @@ from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.experts import Committee
 from dsdistill.relabelling.calibration import FerKD
 from dsdistill.relabelling.codecs import Codec, Float, get_codec
+from dsdistill.relabelling.distances import Distances
 from dsdistill.relabelling.heading import KINDS, Heading, Kind, Records, images_digest
 from dsdistill.relabelling.record import require_recordable
 from dsdistill.synthetic import SyntheticDataset
@@ -77,20 +78,27 @@ def planned(
     return heading
 
 
-def label_bytes(synthetic: SyntheticDataset, committee: Committee, recipe: TrainingRecipe) -> int:
+def label_bytes(
+    synthetic: SyntheticDataset, committee: Committee, recipe: TrainingRecipe, count: int | None = None
+) -> int:
     """Bytes that labels of a set take for all epochs of a training, as 16-bit numbers: what `relabel` would store.
 
     Of views that cannot be recorded, those of the labels alone. Errors as in `relabel`.
+
+    Args:
+        count: of so many images instead of the set's.
     """
-    kind: Kind = "static" if getattr(recipe, "targets", "views") == "images" else "replayed"
+    kind: Kind = "distances" if isinstance(recipe.distillation, Distances) else "replayed"
+    kind = "static" if getattr(recipe, "targets", "views") == "images" else kind
+    images = len(synthetic) if count is None else count
     try:
         recipe_or_none = None if kind == "static" else recipe
         heading = planned(synthetic, committee, Asked(recipe=recipe_or_none, kind=kind), torch.device("cpu"), None)
     except InvalidSetting as error:
         if error.setting != "augmentation":
             raise
-        return 2 * len(synthetic.classes) * len(synthetic) * recipe.epochs
-    return heading.predicted_bytes()
+        return 2 * len(synthetic.classes) * images * recipe.epochs
+    return replace(heading, count=images).predicted_bytes()
 
 
 def require_teachers(committee: Committee, synthetic: SyntheticDataset) -> None:

@@ -85,13 +85,18 @@ class Asked:
     @classmethod
     def of(cls, folders: str | Path | Sequence[str | Path]) -> "Asked":
         """Those of the folders now. Errors as `Committee.load`."""
+        return cls._loaded(folders)[0]
+
+    @classmethod
+    def _loaded(cls, folders: str | Path | Sequence[str | Path]) -> "tuple[Asked, Committee]":
         several = [folders] if isinstance(folders, (str, Path)) else list(folders)
         committee = Committee.load(several)
-        return cls(
+        asked = cls(
             tuple(str(Path(folder).absolute()) for folder in several),
             tuple(one.digest for one in committee),
             tuple(one.performance for one in committee),
         )
+        return asked, committee
 
     def load(self) -> Committee:
         """The teachers.
@@ -99,13 +104,19 @@ class Asked:
         Raises:
             BadData: they are others than when the study began. And what `Committee.load` does.
         """
-        found = self.of(self.folders)
+        found, committee = self._loaded(self.folders)
         if found != self:
             raise BadData(
                 f"the teachers in {', '.join(self.folders)}, or their priors, are others than when the study began; "
                 "run the study again"
             )
-        return Committee.load(self.folders)
+        return committee
+
+    def to_json(self, voting: bool) -> list[dict[str, Any]]:
+        """What of them decides a result, wherever they are; priors only where several vote by them."""
+        known = zip(self.digests, self.performances, strict=True)
+        by_prior = voting and len(self.digests) > 1
+        return [{"digest": digest, "performance": prior if by_prior else None} for digest, prior in known]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +144,15 @@ class Scoring:
 class Cell:
     """One unit of a study.
 
-    ``data`` is what `DataReference.describe` says of the images.
+    ``data`` is what `DataReference.describe` says of the images, ``own`` the teachers in the folder that the method
+    names.
     """
 
     data: Mapping[str, Any]
     method: Synthesizer
     seed: int
     scoring: Scoring
+    own: Asked | None = None
 
     @cached_property
     def key(self) -> str:
@@ -167,7 +180,7 @@ class Cell:
         scoring = self.scoring
         return {
             "data": dict(self.data),
-            "method": to_dict(self.method),
+            "method": to_dict(self.method) if self.own is None else _with_digests(self.method, self.own),
             "seed": self.seed,
             "evaluation": {
                 "protocol": to_dict(scoring.protocol),
@@ -175,7 +188,7 @@ class Cell:
                 "seed": self.evaluation_seed,
                 "baselines": sorted(scoring.baselines),
                 "whole_epochs": scoring.whole_epochs if self.whole else None,
-                **({} if scoring.teachers is None else {"teachers": asked_json(scoring.teachers)}),
+                **({} if scoring.teachers is None else {"teachers": asked_json(scoring)}),
             },
         }
 
@@ -225,10 +238,11 @@ def make_cells(
     rows = tuple(row for row in scoring.baselines if row != "whole")
     budgets, seeds = sorted(set(budgets)), list(dict.fromkeys(seeds))
     variants = [method.with_ipc(ipc) for ipc in budgets for method in methods]
+    owned = [own_teachers(variant) for variant in variants]
     cells = [
-        Cell(data, variant, seed, replace(scoring, baselines=rows, whole_epochs=None))
+        Cell(data, variant, seed, replace(scoring, baselines=rows, whole_epochs=None), own)
         for seed in seeds
-        for variant in variants
+        for variant, own in zip(variants, owned, strict=True)
     ]
     if "whole" in scoring.baselines:
         cells.append(Cell(data, RandomReal(ipc=1), seeds[0], replace(scoring, baselines=("whole",))))
@@ -238,10 +252,29 @@ def make_cells(
 def scoring_json(scoring: Scoring) -> dict[str, Any]:
     """A grid's way of scoring, in plain containers."""
     told = {**asdict(scoring), "protocol": to_dict(scoring.protocol), "baselines": list(scoring.baselines)}
-    return told | {"teachers": None if scoring.teachers is None else asked_json(scoring.teachers)}
+    return told | {"teachers": None if scoring.teachers is None else asked_json(scoring)}
 
 
-def asked_json(teachers: Asked) -> list[dict[str, Any]]:
-    """What of teachers decides a result, wherever they are."""
-    known = zip(teachers.digests, teachers.performances, strict=True)
-    return [{"digest": digest, "performance": performance} for digest, performance in known]
+def asked_json(scoring: Scoring) -> list[dict[str, Any]]:
+    """What of a study's teachers decides a result."""
+    assert scoring.teachers is not None
+    return scoring.teachers.to_json(scoring.protocol.vote_temperature is not None)
+
+
+def own_teachers(method: Synthesizer) -> Asked | None:
+    """Those in the folder that a method, or the one it wraps, names; None where it names none.
+
+    Raises:
+        BadArtifact: as `Committee.load`.
+    """
+    teachers = getattr(getattr(method, "base", method), "teachers", None)
+    folder = getattr(teachers, "folder", None)
+    return None if folder is None else Asked.of(folder)
+
+
+def _with_digests(method: Any, own: Asked) -> dict[str, Any]:
+    """Settings of a method, in plain containers, with what its teachers are in the place of where they are."""
+    plain = dict(to_dict(method))
+    if "base" in plain:
+        return plain | {"base": _with_digests(method.base, own)}
+    return plain | {"teachers": {**plain["teachers"], "folder": own.to_json(True)}}

@@ -42,6 +42,7 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
     }.items()
 }
 """α of CV-DD's code by data and network, in percent: what sets distilled with one model alone were worth there."""
+_CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenette": 10, "imagenet": 1000}
 _TIMED = 2  # epochs that are timed, after a first one
 
 
@@ -83,7 +84,11 @@ def measure_priors(
                 study.alone(teacher), study.known, seed=seed, device=device, out=place / "prior", overwrite=again
             )
             score = study.score(made, teacher, repeats=repeats).scores["synthetic"]
-            teacher = replace(teacher, performance=round(100 * score.mean, 2))
+            history = {
+                **teacher.history,
+                "prior": f"measured by {study.protocol.title}, {repeats} networks, seed {seed}",
+            }
+            teacher = replace(teacher, performance=round(100 * score.mean, 2), history=history)
             teacher.save(place)
             logger.info("prior performance of %s: %.1f %%", teacher.name, teacher.performance)
         found[teacher.name] = teacher.performance or 0.0
@@ -152,13 +157,19 @@ def write_published(folder: str | Path, data: str) -> Mapping[str, float]:
     if other:
         raise InvalidSetting("teachers", other, f"networks of the published committee: {', '.join(known)}")
     for teacher in committee:
-        replace(teacher, performance=known[models[teacher.name]]).save(_place(Path(folder), teacher))
+        if len(teacher.classes) != _CLASSES[data]:
+            told = f"{_CLASSES[data]} classes, as {data} has; teacher {teacher.name!r} has {len(teacher.classes)}"
+            raise InvalidSetting("data", data, told)
+    for teacher in committee:
+        history = {**teacher.history, "prior": f"published for {data} by CV-DD, measured on the test split"}
+        known_one = replace(teacher, performance=known[models[teacher.name]], history=history)
+        known_one.save(_place(Path(folder), teacher))
     return {name: known[model] for name, model in models.items()}
 
 
 def _model(teacher: Teacher) -> str:
     """As the paper names it: ShuffleNetV2 x0.5 up to 64 pixels and x1.0 above are one column."""
-    return re.sub(r"_x[\d_]+$", "", teacher.spec.name.removeprefix("torchvision:"))
+    return re.sub(r"_x(0_5|1_0)$", "", teacher.spec.name.removeprefix("torchvision:"))
 
 
 def _place(folder: Path, teacher: Teacher) -> Path:

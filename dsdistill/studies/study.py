@@ -21,6 +21,7 @@ from dsdistill.engine import Synthesizer
 from dsdistill.errors import InvalidSetting, Stopped, UnknownName
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
 from dsdistill.evaluation.score import BASELINES
+from dsdistill.evaluation.teaching import check_rows
 from dsdistill.recipe import library_versions
 from dsdistill.relabelling.plan import voting
 from dsdistill.studies.cells import Asked, Cell, DataReference, Scoring, make_cells, named_methods, scoring_json
@@ -230,18 +231,19 @@ def _scoring(
     teachers: str | Path | Sequence[str | Path] | None,
 ) -> Scoring:
     resolved = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    rows = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
+    for row in rows:
+        if row not in BASELINES:
+            raise UnknownName("baseline", row, BASELINES)
     if resolved.distillation is not None and teachers is None:
         allowed = "one whose networks learn classes alone (dsa, rethinking_hard, ...), unless teachers are named"
         raise InvalidSetting("protocol", resolved.name, allowed)
     if resolved.distillation is None and teachers is not None:
         raise InvalidSetting("teachers", teachers, f"none: protocol {resolved.name} has no distillation")
+    check_rows(resolved, rows)
     asked = None if teachers is None else Asked.of(teachers)
     if asked is not None:
         voting(asked.load(), resolved.vote_temperature)  # refuses a vote by priors that are not known
-    rows = (baselines,) if isinstance(baselines, str) else tuple(dict.fromkeys(baselines))
-    for row in rows:
-        if row not in BASELINES:
-            raise UnknownName("baseline", row, BASELINES)
     return Scoring(
         protocol=resolved if epochs is None else replace(resolved, epochs=epochs),
         repeats=repeats,

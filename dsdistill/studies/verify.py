@@ -4,24 +4,28 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dsdistill.core import storage
 from dsdistill.engine import verify as of_runs
 from dsdistill.engine.verify import Finding, checked
+from dsdistill.errors import BadArtifact
 from dsdistill.experts import Teacher
-from dsdistill.experts.committee import trained_order
+from dsdistill.experts.committee import ORDER, trained_order
 from dsdistill.experts.teacher import MANIFEST as TEACHER
 from dsdistill.experts.teacher import is_foreign
 from dsdistill.relabelling import LabelSet
 from dsdistill.relabelling.growing import GROWING
 from dsdistill.relabelling.heading import MANIFEST as LABELS
+from dsdistill.studies.folder import RESULTS
+from dsdistill.studies.ledger import Ledger
 
 
 def verify(path: str | Path) -> list[Finding]:
     """Check what a folder holds: what `dsdistill.engine.verify.verify` does, finished or growing labels, or teachers.
 
-    Every file is compared with the sha256 that was written down with it. Labels are decoded, and views that are drawn
-    anew are drawn; teachers are loaded; a member of a committee whose training is not finished is a problem.
+    Every file is compared with the sha256 that was written down with it. Finished labels are decoded, and views that
+    are drawn anew are drawn; teachers are loaded; a member of a committee that is not finished is a problem.
 
     Returns:
         A finding for each file, and one for what they are together.
@@ -30,12 +34,22 @@ def verify(path: str | Path) -> list[Finding]:
         BadArtifact: there is nothing of ours at ``path``.
     """
     folder = Path(path)
-    for name in (LABELS, GROWING):
+    found = [one for name in (LABELS, GROWING) if os.path.lexists(folder / name) for one in _labels(folder, name)]
+    found += _committee(folder)
+    if os.path.isdir(folder / "cells"):
+        found += _study(folder)
+    try:
+        found += of_runs.verify(folder)
+    except BadArtifact as error:
+        if not found:
+            raise BadArtifact(folder, f"holds no set, run, study, labels or teachers ({error})") from error
+    return found
+
+
+def _study(folder: Path) -> Iterator[Finding]:
+    for name, read in ((RESULTS, lambda place: Ledger(place).read()), ("study.json", storage.read_manifest)):
         if os.path.lexists(folder / name):
-            return list(_labels(folder, name))
-    if found := list(_committee(folder)):
-        return found
-    return of_runs.verify(folder)
+            yield checked(folder / name, "record of a study", partial(read, folder / name))
 
 
 def _labels(folder: Path, name: str) -> Iterator[Finding]:
@@ -55,13 +69,25 @@ def _committee(folder: Path) -> Iterator[Finding]:
     places = [folder] if alone else sorted(place.parent for place in folder.glob(f"*/{TEACHER}"))
     for place in places:
         yield from _teacher(place)
-    if alone or not places:
+    if alone or not (places or os.path.lexists(folder / ORDER)):
         return
     named: list[str] = []
     order = checked(folder, "committee", lambda: named.extend(trained_order(folder)))
     missing = sorted(set(named) - {place.name for place in places})
-    told = f"the training of {', '.join(missing)} is not finished: run the same `dsdistill teachers` again"
-    yield order._replace(problem=f"{folder}: {told}") if missing else order
+    if missing:
+        told = f"the training of {', '.join(missing)} is not finished: run the same `dsdistill teachers` again"
+        order = order._replace(problem=f"{folder}: {told}")
+    names = [manifest.get("name") for manifest in map(_manifest, places)]
+    if len(set(map(str, names))) < len(names) and not order.problem:
+        order = order._replace(problem=f"{folder}: two teachers share a name among {', '.join(map(str, names))}")
+    yield order
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        return storage.read_manifest(folder / TEACHER)
+    except BadArtifact:  # which is found of the teacher itself
+        return {"name": folder.name}
 
 
 def _teacher(folder: Path) -> Iterator[Finding]:

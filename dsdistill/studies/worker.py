@@ -24,6 +24,7 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import synthesize
 from dsdistill.errors import BadData, DistillError, Stopped
 from dsdistill.evaluation import EvaluationResult, evaluate
+from dsdistill.evaluation.scorer import affordable
 from dsdistill.experts import Committee
 from dsdistill.labels import HardLabels
 from dsdistill.recipe import library_versions
@@ -132,6 +133,8 @@ def _measured(task: Task, halting: Halting) -> Line:
     source = SOURCES.get(task.data)
     if source.fingerprint != cell.data["fingerprint"]:
         raise BadData(f"{source.name!r} holds other images than when the study began; run the study again")
+    if cell.own is not None:
+        cell.own.load()  # which refuses others than the cell is known by
     device = resolve_device(task.device)
     error_file(folder).unlink(missing_ok=True)
     if device.type == "cuda":
@@ -210,15 +213,18 @@ def _scores(result: EvaluationResult) -> Line:
 def _bytes(synthetic: SyntheticDataset, cell: Cell, teachers: Committee | None) -> dict[str, int]:
     """The stored form; ``random`` is what as many plain real images with class labels take.
 
-    Where teachers are asked, what their labels would take in store (``taught``, 16-bit numbers for all epochs) is part
-    of both.
+    Where teachers are asked, what their labels would take in store (``taught``, 16-bit numbers for all epochs) is added
+    to each.
     """
     channels, height, width = synthetic.shape
     labels = HardLabels(synthetic.labels.classes, len(synthetic.classes))
     plain = 4 * channels * height * width * synthetic.images.count + labels.nbytes
-    told = {} if teachers is None else {"taught": label_bytes(synthetic, teachers, cell.scoring.protocol)}
-    more = sum(told.values())
-    return {**synthetic.nbytes._asdict(), **told, "total": synthetic.nbytes.total + more, "random": plain + more}
+    total = synthetic.nbytes.total
+    if teachers is None:
+        return {**synthetic.nbytes._asdict(), "total": total, "random": plain}
+    protocol, real = cell.scoring.protocol, sum(affordable(synthetic))
+    own, of_random = (label_bytes(synthetic, teachers, protocol, count) for count in (None, real))
+    return {**synthetic.nbytes._asdict(), "taught": own, "total": total + own, "random": plain + of_random}
 
 
 def _seconds_logged(log: Path) -> float:

@@ -59,3 +59,18 @@ def test_views_that_cannot_be_kept_are_asked_about_as_they_come(images, tmp_path
     assert command[command.index("--protocol") + 1] == "rded"
     assert "--labels" not in command
     assert run(*command[1:], *FEW, *SMALL, "--repeats", 1) == 0
+
+
+def test_teachers_of_ones_own_code_are_named_and_not_loaded(images, tmp_path, capsys, monkeypatch):
+    (tmp_path / "own_nets.py").write_text(
+        "from dsdistill.networks import NetworkSpec\n"
+        "def make(shape, num_classes):\n"
+        "    import torch\n"
+        "    spec = NetworkSpec('convnet', norm='batch', width=4, depth=1)\n"
+        "    return spec.build(shape, num_classes, generator=torch.Generator().manual_seed(0), device='cpu')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ["--method.teachers.networks", '[{"name": "own_nets:make"}]']
+    start = ["synthesize", "--data", images, "--method", "SRe2L", "--method.iterations", 1, *own, *QUICK]
+    assert run(*start, "--store", tmp_path / "store", "--out", tmp_path / "set") == 0
+    assert "dsdistill relabel" in capsys.readouterr().out

@@ -45,6 +45,8 @@ def test_a_prior_is_priced_and_measured(images, tmp_path, capsys):
     assert answer(capsys, *start, "--dry-run") == {"teachers": [], "device": "cpu", "seconds": 0.0}
     assert run("prior", tmp_path, "--data", "cifar10", "--published") == 2
     assert "networks of the published committee" in capsys.readouterr().err
+    assert run("prior", tmp_path, "--data", "cifar10", "--published", "--dry-run", "--ipc", 3) == 2
+    assert "without --ipc, --dry_run: nothing is measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def test_teachers_may_be_named_instead_of_drawn(source, committee):
     for wrong in ((names[0], names[0]), ("resnet",), ("convnet",)):
         with pytest.raises(InvalidSetting, match=r"CVDD\.fixed"):
             replace(fixed, fixed=wrong).prepare(run)
+    with pytest.raises(InvalidSetting, match=r"CVDD\.fixed"):  # before any teacher is trained
+        replace(fixed, voting="equal", fixed=("resnet",)).check(source)
 
 
 def test_a_committee_of_one_recovers_as_sre2l_does(source, committee):

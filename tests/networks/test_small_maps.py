@@ -40,3 +40,14 @@ def test_only_convolutions_to_small_maps_in_full_precision_are_products(size, ha
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         SmallMapConv(layer)(torch.zeros(2, 3, size, size))
     assert len(calls) == products
+
+
+def test_what_networks_read_of_it_is_there_and_odd_maps_go_to_the_library():
+    layer = nn.Conv2d(3, 5, 3).requires_grad_(False)
+    made = SmallMapConv(layer)
+    assert made.weight is layer.weight
+    assert made.stride == (1, 1)
+    torch.testing.assert_close(made(torch.ones(3, 4, 4)), layer(torch.ones(3, 4, 4)))
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        made(torch.ones(1, 3, 2, 2))
+    assert not SmallMapConv.suits(nn.Conv2d(3, 5, 3))  # whose weights are to be learned

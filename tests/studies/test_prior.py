@@ -77,7 +77,7 @@ def test_a_dry_run_times_those_that_are_open_and_writes_nothing(folder, monkeypa
 
 
 def test_published_priors_go_to_the_networks_that_they_are_of(tmp_path):
-    source = toy_source(shape=(3, 32, 32))
+    source = toy_source(classes=10, shape=(3, 32, 32))
     names = ("torchvision:shufflenet_v2_x0_5", "resnet18")
     specs = [NetworkSpec(names[0], stem="small"), NetworkSpec(names[1], norm="batch")]
     for spec in specs:
@@ -88,8 +88,11 @@ def test_published_priors_go_to_the_networks_that_they_are_of(tmp_path):
         "shufflenet_v2_x0_5": 68.5,
         "resnet18": 63.0,
     }
+    assert "published for cifar10" in Committee.load(tmp_path)[0].history["prior"]
     with pytest.raises(UnknownName, match="cifar10"):
         write_published(tmp_path, "cifar11")
+    with pytest.raises(InvalidSetting, match="100 classes, as cifar100 has"):
+        write_published(tmp_path, "cifar100")
 
 
 def test_networks_without_a_published_prior_are_named_and_nothing_is_written(folder):

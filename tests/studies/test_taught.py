@@ -10,7 +10,7 @@ from dsdistill import studies
 from dsdistill.errors import InvalidSetting
 from dsdistill.evaluation import EvaluationProtocol
 from dsdistill.experts import Committee
-from dsdistill.relabelling import label_bytes
+from dsdistill.relabelling import Distances, label_bytes
 from dsdistill.studies.worker import SOURCES
 from dsdistill.synthetic import SyntheticDataset
 
@@ -100,3 +100,34 @@ def test_a_vote_by_priors_that_are_not_known_is_refused(source, teachers, tmp_pa
     with pytest.raises(InvalidSetting, match="vote temperature"):
         grid(source, tmp_path, teachers)
     grid(source, tmp_path, teachers, protocol=replace(PROTOCOL, vote_temperature=None))
+
+
+def test_a_methods_own_teachers_are_known_by_what_they_are(source, teachers, tmp_path):
+    method = dd.methods.RDED(ipc=1, pool=4, teachers=dd.experts.Teachers(folder=str(teachers / "teacher0")))
+
+    def keys(folder):
+        chosen = replace(method, teachers=dd.experts.Teachers(folder=str(folder)))
+        settings = {"ipc": 1, "seeds": 1, "repeats": 1, "workers": 1, "devices": "cpu", "protocol": "dsa", "epochs": 1}
+        return [row["key"] for row in studies.grid(source, chosen, out=tmp_path / "study", **settings).done]
+
+    first = keys(teachers / "teacher0")
+    moved = (teachers / "teacher0").rename(tmp_path / "moved")
+    assert keys(moved) == first
+    make_committee(source)[1].save(moved)
+    assert keys(moved) != first
+
+
+def test_labels_of_distances_and_of_random_images_are_counted_as_they_are(source, teachers):
+    made = dd.synthesize(dd.methods.RandomReal(ipc=2), source)
+    committee, far = Committee.load(teachers), replace(PROTOCOL, distillation=Distances())
+    stored = dd.relabel(made, committee, far, kind="distances", device="cpu", progress=False)
+    assert label_bytes(made, committee, far) == stored.nbytes
+    other = dd.synthesize(dd.methods.RandomReal(ipc=3), source)
+    assert label_bytes(made, committee, PROTOCOL, len(other)) == label_bytes(other, committee, PROTOCOL)
+
+
+def test_what_cannot_be_scored_is_refused_before_it_is_distilled(source, teachers, tmp_path):
+    far = replace(PROTOCOL, distillation=Distances())
+    with pytest.raises(InvalidSetting, match="distances are asked of small sets"):
+        grid(source, tmp_path, teachers, protocol=far, baselines=("random", "whole"))
+    assert not (tmp_path / "study").exists()

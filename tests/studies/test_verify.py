@@ -7,6 +7,7 @@ import pytest
 import torch
 from relabelling.makers import CUT, make_committee, make_set
 
+from dsdistill import studies
 from dsdistill.cli.main import main
 from dsdistill.core import storage
 from dsdistill.errors import BadArtifact
@@ -123,3 +124,75 @@ def test_inspect_tells_what_labels_and_teachers_are(labels, teachers, capsys):
     assert len(json.loads(capsys.readouterr().out)["teachers"]) == 2
     flip(labels / "epoch-00001.safetensors")
     assert main(["inspect", str(labels)]) == 6
+
+
+def test_everything_in_a_folder_is_looked_at(source, tmp_path):
+    made = make_set(source)
+    made.save(tmp_path / "set")
+    make_committee(source)[0].save(tmp_path / "set" / "teacher")
+    assert damaged(tmp_path / "set") == []
+    flip(tmp_path / "set" / "images.safetensors")
+    assert damaged(tmp_path / "set") == ["images.safetensors"]
+
+
+def test_the_records_of_a_study_are_read(source, tmp_path):
+    studies.grid(source, "RandomReal", out=tmp_path, ipc=1, seeds=1, epochs=1, repeats=1, workers=1, devices="cpu")
+    assert damaged(tmp_path) == []
+    (tmp_path / "results.jsonl").write_text("nothing\nof the kind\n")
+    (tmp_path / "study.json").write_text("{")
+    assert damaged(tmp_path) == ["results.jsonl", "study.json"]
+
+
+def test_two_teachers_of_one_name_are_no_committee(source, tmp_path):
+    for place in ("a", "b"):
+        make_committee(source)[0].save(tmp_path / place)
+    (finding,) = [finding for finding in verify(tmp_path) if finding.problem]
+    assert "two teachers share a name" in finding.problem
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", "many"),
+        ("epochs", 10**30),
+        ("teachers", []),
+        ("teachers", [1, 2]),
+        ("weights", ["a", "b"]),
+        ("weights", [0.9, 0.9]),
+        ("weights", [1.0]),
+        ("vote_temperature", "x"),
+        ("teacher_mode", "zzz"),
+        ("seed", None),
+        ("recipe", [1]),
+    ],
+)
+def test_headings_that_cannot_be_are_findings(key, value, labels):
+    manifest = storage.read_json(labels / "labels.json")
+    manifest[key] = value
+    manifest.pop("seal")
+    storage.write_json(labels / "labels.json", storage.sealed(manifest))
+    assert damaged(labels) == ["."]
+    assert main(["inspect", str(labels)]) == 6
+
+
+@pytest.mark.parametrize("value", [None, [1], "resnet18", {"type": "NetworkSpec", "name": 3}])
+def test_manifests_of_teachers_that_cannot_be_are_findings(value, teachers):
+    place = next(place for place in teachers.iterdir() if place.is_dir())
+    manifest = storage.read_json(place / "teacher.json")
+    manifest["network"] = value
+    manifest.pop("seal")
+    storage.write_json(place / "teacher.json", storage.sealed(manifest))
+    assert damaged(place) == ["."]
+
+
+def test_labels_from_before_votes_were_recorded_are_read_where_all_were_alike(labels):
+    manifest = storage.read_json(labels / "labels.json")
+    manifest.pop("seal")
+    manifest.pop("vote_temperature")
+    storage.write_json(labels / "labels.json", storage.sealed(manifest))
+    assert damaged(labels) == []
+    manifest.pop("seal", None)
+    manifest["weights"] = [0.4, 0.6]
+    storage.write_json(labels / "labels.json", storage.sealed(manifest))
+    (finding,) = [finding for finding in verify(labels) if finding.problem]
+    assert "label the set anew" in finding.problem
