@@ -66,8 +66,8 @@ class Plan:
             "CDA": CDA(**shared | {"crop": True}, teachers=first),  # without crops it is SRe2L
             **{f"SRe2L++, {name}": SRe2L(**shared, init="patches", teachers=one) for name, one in alone.items()},
             "CVDD": CVDD(**shared, teachers=every),
-            "INFER": INFER(**shared, teachers=every),
             "NRRDD": NRRDD(ipc=ipc, iterations=self.steps, teachers=first),
+            **({"INFER": INFER(**shared, teachers=every)} if ipc > 1 else {}),  # one image has no room for compensators
         }
 
 
