@@ -12,7 +12,9 @@ from dsdistill.cli.options import say, summary
 
 def arguments(parser: ArgumentParser) -> None:
     """What inspect takes."""
-    parser.add_argument("path", type=Path, help="Folder of a set, of labels, of a teacher, or of a committee.")
+    parser.add_argument(
+        "path", type=Path, help="Folder of a set, of labels, of a teacher, of a committee, or of a study."
+    )
 
 
 def run(config: Namespace) -> Any:
@@ -21,16 +23,20 @@ def run(config: Namespace) -> Any:
     Raises:
         BadArtifact: there is nothing of ours, or it is damaged.
     """
+    from dsdistill.experts.committee import ORDER
     from dsdistill.experts.teacher import MANIFEST as TEACHER
     from dsdistill.relabelling.heading import MANIFEST as LABELS
+    from dsdistill.studies.folder import RESULTS
     from dsdistill.synthetic import MANIFEST as SET
 
     if os.path.lexists(config.path / LABELS):
         return _labels(config)
     if os.path.lexists(config.path / SET):
         return _set(config)
-    if os.path.lexists(config.path / TEACHER) or any(config.path.glob(f"*/{TEACHER}")):
+    if any(map(os.path.lexists, (config.path / TEACHER, config.path / ORDER))) or any(config.path.glob(f"*/{TEACHER}")):
         return _teachers(config)
+    if os.path.lexists(config.path / RESULTS):
+        return _study(config)
     return _set(config)
 
 
@@ -56,6 +62,14 @@ def _set(config: Namespace) -> Any:
     say(config, "\n".join(lines))
     numbers = {name: tensor.item() for name, tensor in learned.items() if tensor.numel() == 1}
     return {**summary(config.path), "learned": numbers}
+
+
+def _study(config: Namespace) -> Any:
+    from dsdistill import studies
+
+    result = studies.report(config.path)
+    say(config, str(result))
+    return result.to_json()
 
 
 def _labels(config: Namespace) -> Any:

@@ -58,6 +58,7 @@ def _teachers(config: Namespace) -> Any:
         estimate_teachers,
         get_recipe,
         import_teacher,
+        keep_teacher,
         teacher_spec,
         train_teachers,
     )
@@ -79,12 +80,13 @@ def _teachers(config: Namespace) -> Any:
         # Published weights are those of the library's own stem.
         spec = replace(specs[0], stem=None) if config.weights == "library" else specs[0]
         teacher = import_teacher(spec, config.weights, source, device=config.device)
-        teacher.save(config.out / teacher.name)
-        committee = Committee([teacher])
+        committee = Committee([keep_teacher(teacher, config.out)])
     else:
         committee = train_teachers(source, specs, config.out, recipe, **placed)
     scores = score_teachers(committee, source) if source.has_test else {}
-    lines = [f"{len(committee)} teachers in {config.out} ({committee.nbytes / 2**20:.1f} MiB)"]
+    every = Committee.load(config.out)
+    size = f"{every.nbytes / 2**20:.1f} MiB"
+    lines = [f"the committee in {config.out}: {', '.join(one.name for one in every)} ({size})"]
     for teacher in committee:
         test = f", {100 * scores[teacher.name]:.1f} % of test images" if scores else ""
         lines.append(f"  {teacher.name}: {100 * teacher.accuracy:.1f} % of training images{test}")
@@ -138,12 +140,12 @@ def _prior(config: Namespace) -> Any:
     from dsdistill.studies.prior import PLUS, estimate_priors, measure_priors, write_published
 
     if config.published:
-        measured = ("ipc", "iterations", "protocol", "epochs", "network", "repeats", "again", "dry_run")
+        measured = ("ipc", "iterations", "protocol", "epochs", "network", "repeats", "dry_run")
         usual = {"ipc": PLUS.ipc, "iterations": PLUS.iterations, "protocol": "cvdd", "repeats": 1}
         idle = [name for name in measured if config[name] != usual.get(name) and config[name] is not False]
         if idle:
             raise InvalidSetting("--published", True, f"without --{', --'.join(idle)}: nothing is measured")
-        found = write_published(config.path, config.data)
+        found = write_published(config.path, config.data, again=config.again)
         say(config, "\n".join(f"{name}: {value:.1f} %, published" for name, value in found.items()))
         return dict(found)
     changes = {name: config[name] for name in ("epochs", "network") if config[name] is not None}

@@ -9,7 +9,14 @@ from dsdistill.experts.plain import PlainTraining
 from dsdistill.experts.pool import Pool
 from dsdistill.experts.schooling import schooled, teacher_name, teacher_spec
 from dsdistill.experts.smooth import SmoothTraining
-from dsdistill.experts.squeeze import RECIPES, TeachersEstimate, estimate_teachers, get_recipe, train_teachers
+from dsdistill.experts.squeeze import (
+    RECIPES,
+    TeachersEstimate,
+    estimate_teachers,
+    get_recipe,
+    keep_teacher,
+    train_teachers,
+)
 from dsdistill.experts.teacher import Teacher, filled, read_weights, recognised
 from dsdistill.experts.training import train_on_real
 from dsdistill.experts.trajectories import Experts, Trajectories
@@ -37,6 +44,7 @@ __all__ = [
     "filled",
     "get_recipe",
     "import_teacher",
+    "keep_teacher",
     "read_weights",
     "recognised",
     "schooled",

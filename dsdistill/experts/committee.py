@@ -69,6 +69,21 @@ class Teachers:
         if not self.networks or len(set(self.networks)) < len(self.networks):
             raise InvalidSetting("Teachers.networks", self.networks, "at least one network, each once")
 
+    def require(self, method: str, *, alone: bool) -> None:
+        """Refuse a folder without teachers, and several for a method that takes one, by a look at the folder.
+
+        Raises:
+            BadArtifact: there is none. InvalidSetting: there are several.
+        """
+        if self.folder is None:
+            return
+        found = len(recorded_performances(Path(self.folder)))
+        if not found:
+            Committee.load(self.folder)  # which says what is wrong
+        if alone and found > 1:
+            told = f"that of a single one of the {found} in it: {method} takes one teacher"
+            raise InvalidSetting("teachers.folder", self.folder, told)
+
     def folders(self, source: ImageSource, store: Path) -> list[Path]:
         """Where they are once a run on these images, with that store, has had them."""
         if self.folder is not None:
@@ -129,6 +144,9 @@ class Committee(Sequence[Teacher]):
         if (folder / MANIFEST).exists():
             return cls([Teacher.load(folder, device)])
         places = sorted(place.parent for place in folder.glob(f"*/{MANIFEST}"))
+        if not places and trained_order(folder):
+            told = f"is a committee whose training is not finished ({', '.join(trained_order(folder))})"
+            raise BadArtifact(folder, f"{told}: run the same `dsdistill teachers` again")
         if not places:
             raise BadArtifact(folder, f"holds no teacher: no {MANIFEST} here or in a folder below (dsdistill teachers)")
         order = {name: place for place, name in enumerate(trained_order(folder))}

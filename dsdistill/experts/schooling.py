@@ -1,22 +1,20 @@
 """Training a teacher on the real images of a run, resumably, and finding one that is there ("squeeze", SRe2L)."""
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run
-from dsdistill.errors import BadArtifact, BadData, InvalidSetting, Stopped
+from dsdistill.errors import BadData, InvalidSetting, OutputConflict, Stopped
+from dsdistill.experts.progress import Progress, forget
 from dsdistill.experts.shelf import reserved_folder
 from dsdistill.experts.teacher import MANIFEST, Teacher, recognised
 from dsdistill.experts.training import train_on_real
@@ -27,8 +25,7 @@ from dsdistill.training import TrainingRecipe, make_optimizer
 logger = logging.getLogger("dsdistill")
 STORED_AS = 1
 """Counts the ways in which teachers were trained by versions of this package; part of their digest."""
-_PROGRESS, _PROGRESS_MANIFEST = "progress", "progress.json"
-_KEEP_SECONDS = 60.0  # between two writes of a teacher that is being trained
+_PROGRESS = "progress"
 
 
 def schooled(
@@ -52,7 +49,7 @@ def schooled(
 
     Raises:
         InvalidSetting: the network has no batch normalisation, or stopped being finite while it was trained.
-        BadData: the folder holds a teacher of something else. BadArtifact: a damaged one.
+        OutputConflict: the folder holds a teacher of something else. BadArtifact: a damaged one.
         Stopped: the run was asked to stop; epochs that are behind it are kept.
         OutOfSpace: the disk is full.
     """
@@ -74,7 +71,7 @@ def schooled(
                     kept = f"whole epochs of the teacher {teacher_name(spec)}, kept in {folder}"
                     raise Stopped(error.signum, error.iteration, error.path, kept) from None
                 found.save(folder)
-                _forget(folder / _PROGRESS)
+                forget(folder / _PROGRESS)
     return found
 
 
@@ -132,7 +129,7 @@ def _found(run: Run, folder: Path, digest: str) -> Teacher | None:
         return None
     teacher = Teacher.load(folder, run.device)
     if teacher.history.get("digest") != digest:
-        raise BadArtifact(
+        raise OutputConflict(
             folder, f"holds the teacher {teacher.name!r} of other images or another training; choose another folder"
         )
     return teacher
@@ -152,7 +149,7 @@ def _trained(
     if not has_batchnorm(network):
         raise InvalidSetting("networks", spec.name, "a teacher needs batch normalisation: choose norm='batch'")
     optimizer = make_optimizer(dict(network.named_parameters()), training, run.device)
-    kept = _Progress(folder / _PROGRESS if folder else None, network, optimizer)
+    kept = Progress(folder / _PROGRESS if folder else None, network, optimizer)
     begin = kept.read()
     if run.shared.rehearsal is None:
         left = training.epochs - begin
@@ -200,63 +197,3 @@ def _trained(
             "versions": library_versions(),
         },
     )
-
-
-class _Progress:
-    """A training that may be interrupted: parameters, buffers and moments after the last epoch that was kept."""
-
-    def __init__(self, folder: Path | None, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.folder, self.network, self.optimizer = folder, network, optimizer
-        self._epoch, self._kept, self._written = 0, 0, time.monotonic()
-
-    def read(self) -> int:
-        """Epochs that are behind it; 0 where nothing whole is kept."""
-        if self.folder is None or not (self.folder / _PROGRESS_MANIFEST).exists():
-            return 0
-        try:
-            manifest = storage.read_manifest(self.folder / _PROGRESS_MANIFEST)
-            tensors = storage.read_listed_tensors(self.folder, manifest, manifest["file"])
-            tree = storage.unflatten(tensors, manifest["skeleton"])
-            self.network.load_state_dict(tree["network"])
-            self.optimizer.load_state_dict(tree["optimizer"])
-            self._lay_out_moments()
-        except BadArtifact as error:
-            logger.warning("this training begins anew: %s", error)
-            return 0
-        self._epoch = self._kept = int(manifest["epoch"])
-        return self._epoch
-
-    def _lay_out_moments(self) -> None:
-        """In memory as the parameters are: fused steps of others are slower, and not the same to the last bit."""
-        for parameter, moments in self.optimizer.state.items():
-            for name, tensor in moments.items():
-                if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(tensor)
-
-    def add(self, epoch: int) -> None:
-        """The epochs behind it; what is to be kept is written from time to time."""
-        self._epoch = epoch
-        if time.monotonic() - self._written > _KEEP_SECONDS:
-            self.write()
-
-    def write(self) -> None:
-        """Keep what was reached."""
-        if self.folder is None or self._epoch == self._kept:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        tree = {"network": dict(self.network.state_dict()), "optimizer": self.optimizer.state_dict()}
-        tensors, skeleton = storage.flatten(tree)
-        name = f"epoch-{self._epoch:05d}.safetensors"
-        told = {"epoch": self._epoch, "file": name, "skeleton": skeleton}
-        storage.write_folder(self.folder, {name: storage.encode_tensors(tensors)}, _PROGRESS_MANIFEST, told)
-        for older in self.folder.glob("epoch-*.safetensors"):
-            if older.name != name:
-                older.unlink()
-        self._kept, self._written = self._epoch, time.monotonic()
-
-
-def _forget(progress: Path) -> None:
-    if progress.exists():
-        for file in progress.iterdir():
-            file.unlink()
-        progress.rmdir()

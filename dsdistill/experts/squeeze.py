@@ -20,9 +20,10 @@ from dsdistill.core.units import shown_duration, shown_size
 from dsdistill.data import ImageSource
 from dsdistill.engine import Rehearsal, Run, Shared
 from dsdistill.engine.observe import StopRequest
-from dsdistill.errors import InvalidSetting, Stopped, UnknownName
+from dsdistill.errors import InvalidSetting, OutputConflict, Stopped, UnknownName
 from dsdistill.experts.committee import ORDER, SQUEEZE, Committee, trained_order
 from dsdistill.experts.schooling import require_classes, schooled, teacher_name, teacher_spec
+from dsdistill.experts.teacher import MANIFEST, Teacher
 from dsdistill.networks import NetworkSpec, has_batchnorm
 from dsdistill.training import TrainingRecipe
 
@@ -129,7 +130,7 @@ def train_teachers(
 
     Raises:
         InvalidSetting, UnknownName, DeviceUnavailable, OutputConflict: before any work starts.
-        BadData: there is a single class, or a member's folder holds a teacher of something else.
+        BadData: there is a single class. OutputConflict: a member's folder holds a teacher of something else.
         InvalidSetting: a member stopped being finite. Stopped: a signal ended it, finished epochs are kept.
         OutOfSpace: the disk is full.
     """
@@ -152,6 +153,25 @@ def train_teachers(
                 for name, spec in plan.members.items()
             ]
         )
+
+
+def keep_teacher(teacher: Teacher, out: str | Path) -> Teacher:
+    """Put a teacher into the folder of a committee, at its end; the same one that is there stays, prior and all.
+
+    Raises:
+        OutputConflict: another teacher of that name is there, or the folder cannot be written.
+        OutOfSpace: the disk is full.
+    """
+    folder = Path(out) / teacher.name
+    if (folder / MANIFEST).exists():
+        there = Teacher.load(folder, network=teacher.spec)
+        if there.digest != teacher.digest:
+            raise OutputConflict(folder, "holds another teacher of that name; choose another folder, or remove it")
+        return there
+    storage.ensure_writable(Path(out))
+    teacher.save(folder)
+    storage.write_json(Path(out) / ORDER, list(dict.fromkeys([*trained_order(Path(out)), teacher.name])))
+    return teacher
 
 
 def estimate_teachers(

@@ -39,6 +39,8 @@ class Fitting(Synthesizer):
     """What methods that fit images to teachers share: settings, views, the loss, and the record of who was asked."""
 
     protocol: ClassVar[str] = "cvdd"
+    alone: ClassVar[bool] = True
+    """Whether it takes a single teacher."""
     whole_batches: ClassVar[bool] = True  # statistics couple the images of a problem
 
     ipc: Annotated[int, Ge(1)] = 10
@@ -85,6 +87,7 @@ class Fitting(Synthesizer):
         refuse_whitened(type(self).__name__, source)
         if source.num_classes < 2:
             raise BadData(f"{type(self).__name__} needs teachers that tell classes apart, {source.name!r} has one")
+        self.teachers.require(type(self).__name__, alone=self.alone)
         for spec in self.teachers.networks:
             spec.require((), source.shape, source.num_classes)
 

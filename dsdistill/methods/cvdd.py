@@ -48,6 +48,7 @@ class CVDD(Recovery):
     """Committee voting: recovery by pairs of teachers, each weighted by what it was worth alone."""
 
     paper: ClassVar[str] = "Cui et al., Dataset Distillation via Committee Voting, arXiv 2501.07575"
+    alone: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Preset]] = {
         "small": Preset("authors' code, 32 and 64 pixels", {"shift": 4, "teachers": _SMALL}),
         **{

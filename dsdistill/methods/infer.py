@@ -69,6 +69,7 @@ class INFER(Fitting):
         "Zhang et al., Breaking Class Barriers: Efficient Dataset Distillation via Inter-Class Feature Compensator, "
         "ICLR 2025, arXiv 2408.06927"
     )
+    alone: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Preset]] = {
         "cifar": Preset(f"{_CODE}, CIFAR-10 and CIFAR-100", {"shift": 4}),
         "imagenet": Preset(f"{_CODE}, ImageNet-1K", {**_IMAGENET, "teachers": Teachers(networks=_LARGE)}),

@@ -66,6 +66,7 @@ class RDED(Synthesizer):
             BadData, InvalidSetting: naming the place and the mend.
         """
         super().check(source)
+        self.teachers.require("RDED", alone=True)
         for spec in self.teachers.networks:
             spec.require((), source.shape, source.num_classes)
         need = self.ipc * self._factor(source) ** 2

@@ -72,5 +72,7 @@ def get_protocol(name: str) -> EvaluationProtocol:
         UnknownName: with the nearest known name.
     """
     if name.lower() not in _NAMED:
-        raise UnknownName("protocol", name, list_protocols(cells="/" in name))
+        stem = name.lower().partition("/")[0]
+        cells = [known for known in list_protocols(cells=True) if known.startswith(f"{stem}/")] if "/" in name else []
+        raise UnknownName("protocol", name, cells or list_protocols())
     return _NAMED[name.lower()]

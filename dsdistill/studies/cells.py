@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge
 
-from dsdistill.core.config import to_dict, validate
+from dsdistill.core.config import require_instance, to_dict, validate
 from dsdistill.core.storage import sha256
 from dsdistill.data import ImageSource, load
 from dsdistill.engine import Synthesizer
@@ -90,6 +90,8 @@ class Asked:
     @classmethod
     def _loaded(cls, folders: str | Path | Sequence[str | Path]) -> "tuple[Asked, Committee]":
         several = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        for folder in several:
+            require_instance("teachers", folder, (str, Path), "a folder of teachers: other processes open it, too")
         committee = Committee.load(several)
         asked = cls(
             tuple(str(Path(folder).absolute()) for folder in several),

@@ -135,12 +135,13 @@ def estimate_priors(
     return PriorsEstimate(tuple(one.name for one in open_ones), resolve_device(device).type, seconds)
 
 
-def write_published(folder: str | Path, data: str) -> Mapping[str, float]:
+def write_published(folder: str | Path, data: str, *, again: bool = False) -> Mapping[str, float]:
     """Write the priors that CV-DD publishes into the teachers of a folder, known by their networks.
 
     Args:
         folder: of a committee.
         data: "cifar10", "cifar100", "tiny_imagenet", "imagenette" or "imagenet".
+        again: replace those that were measured.
 
     Returns:
         By the teacher's name, in percent.
@@ -160,6 +161,9 @@ def write_published(folder: str | Path, data: str) -> Mapping[str, float]:
         if len(teacher.classes) != _CLASSES[data]:
             told = f"{_CLASSES[data]} classes, as {data} has; teacher {teacher.name!r} has {len(teacher.classes)}"
             raise InvalidSetting("data", data, told)
+        if teacher.performance is not None and not again and "published" not in str(teacher.history.get("prior")):
+            told = f"with again (--again): teacher {teacher.name!r} has a prior of its own, {teacher.performance:.1f} %"
+            raise InvalidSetting("published", True, told)
     for teacher in committee:
         history = {**teacher.history, "prior": f"published for {data} by CV-DD, measured on the test split"}
         known_one = replace(teacher, performance=known[models[teacher.name]], history=history)

@@ -1,8 +1,10 @@
 """``dsdistill teachers`` and ``dsdistill prior``: what they train, what they only tell, and what they refuse."""
 
+import dataclasses
 import json
 
 import pytest
+import torch
 
 import dsdistill as dd
 from dsdistill.cli.main import main
@@ -61,6 +63,19 @@ def test_training_says_nothing_beside_weights(options, message, images, tmp_path
     start = ["teachers", "--data", images, "--networks", "convnet", "--out", tmp_path, "--weights", "x.safetensors"]
     assert run(*start, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_weights_do_not_replace_a_teacher_that_is_there(images, tmp_path):
+    out = tmp_path / "teachers"
+    assert run("teachers", "--data", images, "--out", out, *SMALL) == 0
+    one = dataclasses.replace(Committee.load(out)[0], performance=40.0)
+    one.save(out / one.name)
+    assert dd.experts.keep_teacher(dataclasses.replace(one, performance=None), out).performance == 40.0
+    blank = one.spec.build(one.shape, 2, generator=torch.Generator(), device="cpu")
+    with pytest.raises(dd.errors.OutputConflict, match="holds another teacher of that name"):
+        dd.experts.keep_teacher(dataclasses.replace(one, network=blank), out)
+    dd.experts.keep_teacher(one, tmp_path / "new")
+    assert Committee.load(tmp_path / "new")[0].digest == one.digest
 
 
 def test_networks_may_be_named_in_the_library_too(source, tmp_path):

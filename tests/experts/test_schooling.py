@@ -9,7 +9,7 @@ from experts.schools import SPECS
 from dsdistill.augmentations import PadCrop, ResizedCrop
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Rehearsal, Run, Shared
-from dsdistill.errors import BadArtifact, BadData, InvalidSetting, Stopped
+from dsdistill.errors import BadArtifact, BadData, InvalidSetting, OutputConflict, Stopped
 from dsdistill.experts import (
     RECIPES,
     Committee,
@@ -94,7 +94,7 @@ def test_damaged_progress_begins_anew(source, tmp_path, caplog):
 
 def test_a_folder_with_another_teacher_is_left_alone(source, tmp_path):
     schooled(run_of(source), SPECS[0], RECIPE, 0, tmp_path)
-    with pytest.raises(BadArtifact, match="of other images or another training"):
+    with pytest.raises(OutputConflict, match="of other images or another training"):
         schooled(run_of(source), SPECS[0], RECIPE, 1, tmp_path)
 
 

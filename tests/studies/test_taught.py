@@ -131,3 +131,15 @@ def test_what_cannot_be_scored_is_refused_before_it_is_distilled(source, teacher
     with pytest.raises(InvalidSetting, match="distances are asked of small sets"):
         grid(source, tmp_path, teachers, protocol=far, baselines=("random", "whole"))
     assert not (tmp_path / "study").exists()
+
+
+def test_methods_that_take_one_teacher_refuse_a_committee_before_any_work(source, teachers, tmp_path):
+    committee = dd.experts.Teachers(folder=str(teachers))
+    for method in (dd.methods.RDED(ipc=1, pool=4, teachers=committee), dd.methods.SRe2L(ipc=1, teachers=committee)):
+        with pytest.raises(InvalidSetting, match="takes one teacher"):
+            studies.grid(source, method, out=tmp_path / "study", ipc=1, seeds=1, workers=1)
+        with pytest.raises(InvalidSetting, match="takes one teacher"):
+            dd.synthesize(method, source, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InvalidSetting, match="a folder of teachers"):
+        grid(source, tmp_path, Committee.load(teachers)[:])
