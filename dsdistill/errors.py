@@ -10,6 +10,7 @@
     ├── MissingExtra (ImportError)     2   an optional package is not installed
     ├── BadData (ValueError)           3   missing, empty, corrupt or unsuitable input data
     │   └── ShapeMismatch              3   a tensor or image has the wrong shape
+    ├── MissingWeights (OSError)       3   a pretrained model is not where it should be, or not whole
     ├── Diverged (ArithmeticError)     4   a loss or a state tensor became NaN or infinite
     ├── OutputLocked (OSError)         5   another process works in the output folder
     ├── OutOfSpace (OSError)           5   the disk cannot hold what is about to be written
@@ -150,6 +151,20 @@ class ShapeMismatch(BadData):
     def __init__(self, what: str, actual: tuple[int, ...], expected: str) -> None:
         self.actual, self.expected = actual, expected
         super().__init__(f"{what} has shape {actual}, expected {expected}")
+
+
+class MissingWeights(DistillError, OSError):
+    """A pretrained model is not there, not whole, or of another make; random weights are never taken in its place.
+
+    Attributes: ``what`` (the model), ``tried`` (where), ``expected`` (the files), ``allowed`` (whether it may be
+    fetched, or what else would do).
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, tried: str, expected: str, allowed: str) -> None:
+        self.what, self.tried, self.expected, self.allowed = what, tried, expected, allowed
+        super().__init__(f"{what} cannot be had from {tried}: {expected}; {allowed}")
 
 
 class Diverged(DistillError, ArithmeticError):

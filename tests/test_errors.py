@@ -16,6 +16,7 @@ from dsdistill.errors import (
     Diverged,
     InvalidSetting,
     MissingExtra,
+    MissingWeights,
     OutOfMemory,
     OutOfSpace,
     OutputConflict,
@@ -40,6 +41,7 @@ SAMPLES = [
     Stopped(signal.SIGTERM, 5, Path("out")),
     OutOfSpace(Path("out"), 2000, 500),
     OutOfMemory("DM", 4, "CUDA out of memory", "Lower ipc."),
+    MissingWeights("a text encoder", "there", "model.safetensors", "or train one"),
 ]
 
 

@@ -22,6 +22,7 @@ LAYERS = [
     {"matching"},
     {"selection"},
     {"relabelling"},
+    {"generative"},
     {"methods", "evaluation"},
     {"testing", "studies"},
     {"cli", "__main__"},

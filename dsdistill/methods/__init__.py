@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from dsdistill.methods.ast import AST
     from dsdistill.methods.cda import CDA
     from dsdistill.methods.cvdd import CVDD
+    from dsdistill.methods.d4m import D4M
     from dsdistill.methods.datadam import DataDAM
     from dsdistill.methods.datm import DATM
     from dsdistill.methods.dc import DC
+    from dsdistill.methods.diffusion import Diffusion
     from dsdistill.methods.dm import DM
     from dsdistill.methods.dsa import DSA
+    from dsdistill.methods.evlf import EVLF
     from dsdistill.methods.ftd import FTD
     from dsdistill.methods.fyi import FYI
     from dsdistill.methods.herding import Herding
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from dsdistill.methods.infer import INFER
     from dsdistill.methods.kcenter import KCenter
     from dsdistill.methods.kmeans import KMeans
+    from dsdistill.methods.mgd3 import MGD3
+    from dsdistill.methods.minimax import Minimax
     from dsdistill.methods.mtt import MTT
     from dsdistill.methods.ncfm import NCFM
     from dsdistill.methods.nrrdd import NRRDD
@@ -39,11 +44,14 @@ TABLE = {
     "AST": "dsdistill.methods.ast:AST",
     "CDA": "dsdistill.methods.cda:CDA",
     "CVDD": "dsdistill.methods.cvdd:CVDD",
+    "D4M": "dsdistill.methods.d4m:D4M",
     "DATM": "dsdistill.methods.datm:DATM",
     "DataDAM": "dsdistill.methods.datadam:DataDAM",
     "DC": "dsdistill.methods.dc:DC",
     "DM": "dsdistill.methods.dm:DM",
     "DSA": "dsdistill.methods.dsa:DSA",
+    "Diffusion": "dsdistill.methods.diffusion:Diffusion",
+    "EVLF": "dsdistill.methods.evlf:EVLF",
     "FTD": "dsdistill.methods.ftd:FTD",
     "FYI": "dsdistill.methods.fyi:FYI",
     "Herding": "dsdistill.methods.herding:Herding",
@@ -51,7 +59,9 @@ TABLE = {
     "INFER": "dsdistill.methods.infer:INFER",
     "KCenter": "dsdistill.methods.kcenter:KCenter",
     "KMeans": "dsdistill.methods.kmeans:KMeans",
+    "MGD3": "dsdistill.methods.mgd3:MGD3",
     "MTT": "dsdistill.methods.mtt:MTT",
+    "Minimax": "dsdistill.methods.minimax:Minimax",
     "NCFM": "dsdistill.methods.ncfm:NCFM",
     "NRRDD": "dsdistill.methods.nrrdd:NRRDD",
     "RDED": "dsdistill.methods.rded:RDED",
@@ -124,22 +134,27 @@ __all__ = [
     "AST",
     "CDA",
     "CVDD",
+    "D4M",
     "DATM",
     "DC",
     "DM",
     "DSA",
+    "EVLF",
     "FTD",
     "FYI",
     "IDC",
     "INFER",
+    "MGD3",
     "MTT",
     "NCFM",
     "NRRDD",
     "RDED",
     "DataDAM",
+    "Diffusion",
     "Herding",
     "KCenter",
     "KMeans",
+    "Minimax",
     "RandomReal",
     "SRe2L",
     "create_method",

@@ -1,8 +1,9 @@
-"""Rows of CV-DD and RDED for one dataset and budget, where these change the training: "cvdd/cifar100/ipc10".
+"""Rows of CV-DD, RDED and Minimax for one dataset and budget, where these change the training: "cvdd/cifar100/ipc10".
 
 CV-DD (Cui et al., arXiv 2501.07575) has settings for each student, which is named behind others than ResNet-18:
 "cvdd/cifar100/ipc10/resnet50". Those of RDED (Sun et al., CVPR 2024) are the step sizes of the students, and the
-mini-batch by budget.
+mini-batch by budget; those of Minimax (Gu et al., CVPR 2024) the epochs by budget, and three networks:
+"minimax/imagenet_woof/ipc50/convnet".
 """
 
 from collections.abc import Iterator, Mapping
@@ -61,6 +62,13 @@ RDED = {
     "vit_b_16": 1e-4,
     "swin_v2_t": 1e-4,
 }
+MINIMAX = {"imagenet_nette": 10, "imagenet_woof": 10, "imagenet_idc": 10, "imagenet_100": 100}
+"""Classes by dataset."""
+MINIMAX_NETWORKS = {
+    "": NetworkSpec("resnet_ap10"),
+    "/convnet": NetworkSpec("convnet", depth=6),
+    "/resnet18": NetworkSpec("resnet18"),
+}
 
 
 def cells() -> Iterator[tuple[str, EvaluationProtocol]]:
@@ -72,6 +80,12 @@ def cells() -> Iterator[tuple[str, EvaluationProtocol]]:
             for student, lr in RDED.items():
                 if not (kind.small and student in _LARGE):
                     yield _named("rded", data, ipc, student, _rded(kind, ipc, student, lr))
+    for data, classes in MINIMAX.items():
+        for ipc in (10, 20, 50, 70, 100):
+            epochs = 2000 if ipc <= 10 else 1500 if ipc <= 50 else 1000
+            epochs = epochs * 2 // 3 if classes == 100 else epochs
+            for suffix, network in MINIMAX_NETWORKS.items():
+                yield f"minimax/{data}/ipc{ipc}{suffix}", replace(PROTOCOLS["minimax"], network=network, epochs=epochs)
 
 
 _LARGE = ("vit_b_16", "swin_v2_t", "alexnet")  # models of 224 pixels

@@ -164,6 +164,19 @@ PROTOCOLS: Mapping[str, EvaluationProtocol] = {
     # mini-batch, or there are hard labels alone, without mixing.
     "rethinking_soft": replace(_DECOUPLED, name="rethinking_soft", batch_size=128),
     "rethinking_hard": replace(_DECOUPLED, name="rethinking_hard", batch_size=128, mix=None, distillation=None),
+    # Gu et al., CVPR 2024 (Minimax), and after it MGD3, IGD and EVLF: hard labels, CutMix on every mini-batch. Theirs
+    # jitter colours and lighting too, resize to 224 pixels from 256, and report the best epoch on the test split.
+    # Epochs are those up to 10 images per class; `cells` has the others, and the networks.
+    "minimax": EvaluationProtocol(
+        name="minimax",
+        network=NetworkSpec("resnet_ap10"),
+        epochs=2000,
+        batch_size=64,
+        milestones=(2 / 3, 5 / 6),
+        gamma=0.2,
+        augmentation=ResizedCrop(scale=(0.5, 1.0)),
+        mix=CutMix(probability=1.0),
+    ),
     # AST (Shen et al., arXiv 2310.10541) has no row: the scripts of its code differ in epochs (300 to 1500) and in
     # where the step size halves, lower the momentum there, and report the best epoch on the test split.
 }

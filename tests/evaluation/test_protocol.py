@@ -165,7 +165,7 @@ def test_the_title_tells_what_differs():
 
 
 def test_the_list_is_complete_and_any_case_will_do():
-    classic = ["datadam", "datm", "dc", "dm", "dsa", "fyi", "idc", "mtt", "ncfm"]
+    classic = ["datadam", "datm", "dc", "dm", "dsa", "fyi", "idc", "minimax", "mtt", "ncfm"]
     assert list_protocols() == sorted([*classic, *DECOUPLED])
     assert get_protocol("DSA") is get_protocol("dsa")
     with pytest.raises(
@@ -305,3 +305,12 @@ def test_students_of_small_cells_can_be_built():
     assert len(specs) == 5
     for spec in specs:
         spec.require((), (3, 32, 32), 10)
+
+
+def test_cells_of_minimax_have_the_epochs_of_their_budget():
+    epochs = [get_protocol(f"minimax/imagenet_woof/ipc{ipc}").epochs for ipc in (10, 20, 50, 70, 100)]
+    assert epochs == [2000, 1500, 1500, 1000, 1000]
+    assert get_protocol("minimax/imagenet_100/ipc10").epochs == 1333
+    row = get_protocol("minimax")
+    assert (row.batch_size, row.lr, row.milestones, row.gamma, row.mix) == (64, 0.01, (2 / 3, 5 / 6), 0.2, CUTMIX)
+    assert get_protocol("minimax/imagenet_nette/ipc50/convnet").network == NetworkSpec("convnet", depth=6)

@@ -1,0 +1,10 @@
+"""Image sets that diffusion models draw: autoencoders, denoisers, text, fusion, sampling.
+
+diffusers and transformers are imported by this package alone, and only where something of theirs is used.
+"""
+
+from dsdistill.generative.fusion import Fusion
+from dsdistill.generative.models import Models
+from dsdistill.generative.sampling import Sampler
+
+__all__ = ["Fusion", "Models", "Sampler"]

@@ -1,0 +1,219 @@
+"""Denoisers, what they say of a noisy latent, and how they are built small.
+
+A latent z gets noise ε at one of T times: x_t = √ᾱ_t z + √(1 − ᾱ_t) ε. A denoiser predicts ε, or z, or the velocity
+v = √ᾱ_t ε − √(1 − ᾱ_t) z, from x_t, t and a class; the others follow. With classifier-free guidance of scale w
+(Ho & Salimans, arXiv 2207.12598) it is asked twice, with the class and without::
+
+    prediction = without + w (with − without)
+
+The transformer is that of Peebles & Xie, DiT (arXiv 2212.09748).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dsdistill.core.rng import Rng
+
+
+class Schedule:
+    """Noise levels: ᾱ (T,), float64, on the CPU, and what is predicted ("epsilon", "sample", "v_prediction").
+
+    Args:
+        config: of a scheduler of diffusers.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+        self.config = {key: value for key, value in config.items() if not key.startswith("_")}
+        made: Any = DDPMScheduler(
+            num_train_timesteps=int(config.get("num_train_timesteps", 1000)),
+            beta_start=float(config.get("beta_start", 1e-4)),
+            beta_end=float(config.get("beta_end", 0.02)),
+            beta_schedule=str(config.get("beta_schedule", "linear")),
+            trained_betas=config.get("trained_betas"),
+        )
+        self.kept = (1 - made.betas.double()).cumprod(0)
+        self.prediction = str(config.get("prediction_type", "epsilon"))
+        self.offset = int(config.get("steps_offset", 0))
+
+    @property
+    def times(self) -> int:
+        """T."""
+        return len(self.kept)
+
+    def respaced(self, steps: int) -> Tensor:
+        """(steps,) int64, descending: evenly from T - 1 to 0, as the code of DiT respaces them."""
+        return torch.linspace(0, self.times - 1, steps, dtype=torch.float64).round().long().flip(0)
+
+    def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """x_t of scaled latents (B, c, g, g) at times (B,)."""
+        kept = self.at(times, latents)
+        return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What is to be predicted."""
+        if self.prediction == "epsilon":
+            return noise
+        if self.prediction == "sample":
+            return latents
+        kept = self.at(times, latents)
+        return kept.sqrt() * noise - (1 - kept).sqrt() * latents
+
+    def clean(self, prediction: Tensor, noisy: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """x̂0 and ε̂ of a prediction."""
+        kept = self.at(times, noisy)
+        signal, rest = kept.sqrt(), (1 - kept).sqrt()
+        if self.prediction == "epsilon":
+            return (noisy - rest * prediction) / signal, prediction
+        if self.prediction == "sample":
+            return prediction, (noisy - signal * prediction) / rest
+        return signal * noisy - rest * prediction, signal * prediction + rest * noisy
+
+    def at(self, times: Tensor, like: Tensor) -> Tensor:
+        """ᾱ (B, 1, 1, 1) at times (B,), as ``like``."""
+        kept: Tensor = self.kept.to(like.device, like.dtype)[times.to(like.device)]
+        return kept.view(-1, 1, 1, 1)
+
+
+class Said(NamedTuple):
+    """What a denoiser says: x̂0 and ε̂ (B, c, g, g), and of a learned variance v in [0, 1], None where it is fixed."""
+
+    clean: Tensor
+    noise: Tensor
+    variance: Tensor | None
+
+
+class Denoiser(nn.Module):
+    """A network of diffusers with its noise levels.
+
+    Args:
+        network: a `DiTTransformer2DModel`, or a `UNet2DConditionModel`.
+        schedule: its noise levels.
+        conditions: of a U-Net: text states (K + 1, L, D) of the classes, the last row for none.
+        null: the label for no class, of a transformer.
+        labels: (K,) its label of each of our classes; None where they are the same.
+    """
+
+    conditions: Tensor | None
+    labels: Tensor | None
+
+    def __init__(
+        self,
+        network: Any,
+        schedule: Schedule,
+        *,
+        conditions: Tensor | None = None,
+        null: int = 0,
+        labels: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.schedule, self.null = network, schedule, null
+        self.register_buffer("conditions", conditions, persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+
+    @property
+    def channels(self) -> int:
+        """c."""
+        return int(self.network.config.in_channels)
+
+    @property
+    def classes(self) -> int | None:
+        """Classes that the network knows; None where it is told by text."""
+        return None if self.conditions is not None else int(self.network.config.num_embeds_ada_norm)
+
+    def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:
+        """The raw output at times (B,) for our classes (B,); where ``drop`` (B,) says so, for none."""
+        if self.conditions is not None:
+            rows = classes if drop is None else torch.where(drop, len(self.conditions) - 1, classes)
+            told = self.conditions[rows]
+            result: Tensor = self.network(noisy, times, encoder_hidden_states=told).sample
+            return result
+        own = classes if self.labels is None else self.labels[classes]
+        own = own if drop is None else torch.where(drop, self.null, own)
+        result = self.network(noisy, timestep=times, class_labels=own).sample
+        return result
+
+    @torch.no_grad()
+    def said(self, noisy: Tensor, time: int, classes: Tensor, guidance: float, guided: int | None = None) -> Said:
+        """What it says of x_t (B, c, g, g) at one time.
+
+        Args:
+            classes: (B,), ours.
+            guidance: w; at 1 it is asked once.
+            guided: channels that guidance is for, the first ones; None for all. The code of DiT guides three of four.
+        """
+        times = torch.full((len(noisy),), time, device=noisy.device)
+        channels = noisy.shape[1]
+        if guidance == 1:
+            raw = self(noisy, times, classes)
+        else:
+            drop = torch.arange(2 * len(noisy), device=noisy.device) >= len(noisy)
+            both = self(noisy.repeat(2, 1, 1, 1), times.repeat(2), classes.repeat(2), drop)
+            told, plain = both.chunk(2)
+            raw = told.clone()
+            some = slice(0, channels if guided is None else guided)
+            raw[:, some] = plain[:, some] + guidance * (told[:, some] - plain[:, some])
+        raw = raw.to(noisy.dtype)
+        variance = (raw[:, channels:] + 1) / 2 if raw.shape[1] == 2 * channels else None
+        clean, noise = self.schedule.clean(raw[:, :channels], noisy, times)
+        return Said(clean, noise, variance)
+
+
+COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 1000}
+"""Noise levels of denoisers that are trained here."""
+
+
+def small_transformer(
+    latent: tuple[int, int, int], classes: int, layers: int, heads: int, width: int, rng: Rng
+) -> Denoiser:
+    """A DiT with random weights that predicts v; with adaLN-zero, so that it begins as 0.
+
+    The library drops labels in each block on its own, of which guidance learns nothing: here that is off, and whoever
+    trains drops them once, to ``null``.
+
+    Args:
+        latent: (c, g, g).
+        layers, heads, width: of the transformer; the width is that of one head.
+    """
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    channels, grid, _ = latent
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.integer("denoiser") % 2**63)
+        network = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=width,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=layers,
+            sample_size=grid,
+            patch_size=tokens_of(grid),
+            num_embeds_ada_norm=classes,
+        )
+        for name, part in network.named_modules():
+            if isinstance(part, nn.Embedding) or ("timestep_embedder.linear" in name and isinstance(part, nn.Linear)):
+                nn.init.normal_(part.weight, std=0.02)
+        for zeroed in [
+            *(block.norm1.linear for block in network.transformer_blocks),
+            network.proj_out_1,
+            network.proj_out_2,
+        ]:
+            nn.init.zeros_(zeroed.weight)
+            nn.init.zeros_(zeroed.bias)
+    without_dropped_labels(network)
+    return Denoiser(network, Schedule(COSINE), null=classes)
+
+
+def without_dropped_labels(network: nn.Module) -> None:
+    """Have no block drop labels on its own."""
+    for part in network.modules():
+        if hasattr(part, "dropout_prob"):
+            part.dropout_prob = 0.0  # type: ignore[assignment]
+
+
+def tokens_of(grid: int) -> int:
+    """Side of the patches that a transformer takes latents of a grid in."""
+    return 2 if grid >= 8 and grid % 2 == 0 else 1

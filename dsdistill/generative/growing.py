@@ -1,0 +1,252 @@
+"""Training small autoencoders and denoisers on the images of a run: the models that need no pretrained weights.
+
+The autoencoder is closed-form (`PatchPCA`) or a `KL` one, which minimises, over mirrored images too::
+
+    |x − x̂| + 0.1 (x − x̂)² (means over pixels) + 1e-6 KL(q(z | x) ‖ N(0, I)) (sum over latents)
+
+A denoiser minimises ‖v − v̂(x_t, t, y)‖² over latents, times and noise, with the class y left out of a tenth; what is
+used is a moving average of its weights. Every step draws from streams of its own, so a training that was interrupted
+goes on to the same bits.
+"""
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import l1_loss, mse_loss
+from tqdm import tqdm
+
+from dsdistill.core.device import synchronize
+from dsdistill.core.rng import Rng
+from dsdistill.engine import Run
+from dsdistill.errors import InvalidSetting
+from dsdistill.experts.progress import Progress
+from dsdistill.generative.autoencoder import KL
+from dsdistill.generative.denoiser import Denoiser
+
+logger = logging.getLogger("dsdistill")
+_REHEARSED = 3  # steps that are timed, after a first one
+_BLOCK = 50  # steps between two looks at signals and clocks
+FEW = 1_000_000
+"""Latents that a denoiser should have seen for images worth looking at."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is, and how long it is trained.
+
+    ``pca``: closed-form autoencoder; ``layers``, ``heads`` of ``width`` each; latents in a ``batch``; step size ``lr``;
+    latents seen, ``samples``; passes of the KL autoencoder, ``passes``.
+    """
+
+    pca: bool
+    layers: int
+    heads: int
+    width: int
+    batch: int
+    lr: float
+    samples: int
+    passes: int = 40
+
+
+SIZES: Mapping[str, Size] = {
+    "nano": Size(True, 4, 4, 32, 64, 1e-3, 20_000),
+    "small": Size(False, 8, 4, 64, 512, 3e-4, 30_720_000),
+    "base": Size(False, 12, 6, 64, 512, 3e-4, 51_200_000),
+}
+"""By name: for a CPU, for a GPU, and for a GPU with more time."""
+
+
+@dataclass
+class Budget:
+    """Steps of a training, or fewer where ``seconds`` are over; ``done`` of them are behind it."""
+
+    steps: int
+    seconds: float | None = None
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self._begun = time.monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether no step is left, or no time."""
+        late = self.seconds is not None and time.monotonic() - self._begun > self.seconds
+        return self.done >= self.steps or (late and self.done > 0)
+
+
+def repeated(run: Run, what: str, budget: Budget, kept: Progress, step: Callable[[int], Tensor]) -> float:
+    """Make the steps of a budget; an interrupted training goes on after those that were kept.
+
+    In a rehearsal a few are made, and the time of the others is put down.
+
+    Args:
+        step: makes one, and gives its loss.
+
+    Returns:
+        The mean loss of the last steps.
+
+    Raises:
+        InvalidSetting: the loss stopped being finite. Stopped: the run was asked to stop.
+    """
+    rehearsal = run.shared.rehearsal
+    if rehearsal is not None and budget.steps > 1 + _REHEARSED:
+        step(0)
+        synchronize(run.device)
+        begin = time.perf_counter()
+        for number in range(_REHEARSED):
+            step(1 + number)
+        synchronize(run.device)
+        each = (time.perf_counter() - begin) / _REHEARSED
+        longest = math.inf if budget.seconds is None else budget.seconds
+        rehearsal.seconds += min(each * (budget.steps - 1 - _REHEARSED), longest)
+        return math.nan
+    budget.done = kept.read()
+    if rehearsal is None and not budget.over:
+        limit = "" if budget.seconds is None else f", for at most {budget.seconds:.0f} s"
+        logger.info("training %s, %d of %d steps%s", what, budget.steps - budget.done, budget.steps, limit)
+    losses: list[Tensor] = []
+    with tqdm(total=budget.steps, initial=budget.done, desc=what, unit="step", disable=None) as bar:
+        try:
+            while not budget.over:
+                losses = [step(number) for number in range(budget.done, min(budget.steps, budget.done + _BLOCK))]
+                budget.done += len(losses)
+                bar.update(len(losses))
+                if not bool(torch.isfinite(losses[-1])):
+                    raise InvalidSetting("models", what, "diverged: take another seed, or another size")
+                kept.add(budget.done)
+                run.shared.give_way()
+        except BaseException:
+            kept.write()
+            raise
+    return float(torch.stack(losses).mean()) if losses else math.nan
+
+
+def grow_autoencoder(
+    run: Run, model: KL, fetch: Callable[[Tensor], Tensor], count: int, passes: int, rng: Rng, folder: Path | None
+) -> None:
+    """Train it in place, and give its latents unit deviation by ``stored_scale``.
+
+    Args:
+        fetch: squares (B, C, S, S) of real images by their rows, on the device.
+        count: of real images.
+    """
+    optimizer = torch.optim.Adam(model.model.parameters(), lr=2e-4)
+    batch = min(128, count)
+    budget = Budget(passes * max(1, count // batch))
+
+    def step(number: int) -> Tensor:
+        generator = rng.at("autoencoder", number, device=run.device)
+        rows = torch.randint(count, (batch,), generator=generator, device=run.device)
+        squares = fetch(rows)
+        if run.source.mirror_safe and number % 2:
+            squares = squares.flip(3)
+        optimizer.zero_grad()
+        with _autocast(run.device):
+            posterior = model.posterior(squares)
+            spread = torch.randn(posterior.mean.shape, generator=generator, device=run.device)
+            made = model.decode(posterior.mean + posterior.std * spread)
+            distance = l1_loss(made.float(), squares) + 0.1 * mse_loss(made.float(), squares)
+            loss = distance + 1e-6 * posterior.kl().mean()
+        loss.backward()
+        optimizer.step()
+        result: Tensor = loss.detach()
+        return result
+
+    repeated(run, "the autoencoder", budget, Progress(folder, model, optimizer), step)
+    with torch.no_grad():
+        rows = torch.randperm(count, generator=rng.at("scale", device=run.device), device=run.device)[:2000]
+        latents = torch.cat([model.encode(fetch(part)) for part in torch.split(rows, run.chunk)])
+        model.stored_scale.fill_(1 / max(float(latents.std()), 1e-6))  # type: ignore[operator]
+
+
+def grow_denoiser(
+    run: Run,
+    denoiser: Denoiser,
+    latents: Tensor,
+    classes: Tensor,
+    size: Size,
+    samples: int,
+    seconds: float | None,
+    rng: Rng,
+    folder: Path | None,
+) -> int:
+    """Train it in place; its weights become their moving average.
+
+    Args:
+        latents: scaled, (F, N, c, g, g), of real images, and of mirrored ones where F is 2.
+        classes: (N,) int64.
+        samples: latents to see.
+        seconds: at most so long; None without limit.
+
+    Returns:
+        Latents that were seen.
+    """
+    average = copy.deepcopy(denoiser)
+    both = nn.ModuleDict({"model": denoiser, "average": average})
+    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=size.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    batch = min(size.batch, 4 * latents.shape[1])
+    budget = Budget(max(1, samples // batch), seconds)
+    warmup = min(500, max(1, budget.steps // 10))
+
+    def step(number: int) -> Tensor:
+        generator = rng.at("denoiser", number, device=run.device)
+        loss = denoising_loss(denoiser, latents, classes, batch, generator)
+        for group in optimizer.param_groups:
+            group["lr"] = size.lr * min(1.0, (number + 1) / warmup)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        follow(average, denoiser, min(0.9999, (1 + number) / (10 + number)))
+        return loss.detach()
+
+    denoiser.train()
+    loss = repeated(run, "the denoiser", budget, Progress(folder, both, optimizer), step)
+    denoiser.load_state_dict(average.state_dict())
+    denoiser.eval().requires_grad_(False)
+    seen = budget.done * batch
+    if run.shared.rehearsal is None:
+        few = f"; below {FEW:,} images show little more than the colours of their class" if seen < FEW else ""
+        logger.log(
+            logging.WARNING if few else logging.INFO,
+            "the denoiser saw %s latents (loss %.3f)%s",
+            f"{seen:,}",
+            loss,
+            few,
+        )
+    return seen
+
+
+def denoising_loss(
+    denoiser: Denoiser, latents: Tensor, classes: Tensor, batch: int, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of what a denoiser predicts, over random latents (F, N, c, g, g), times, noise and classes."""
+    device, schedule = latents.device, denoiser.schedule
+    flips, count = latents.shape[:2]
+    rows = torch.randint(count, (batch,), generator=generator, device=device)
+    sides = torch.randint(flips, (batch,), generator=generator, device=device)
+    times = torch.randint(schedule.times, (batch,), generator=generator, device=device)
+    drop = torch.rand(batch, generator=generator, device=device) < 0.1
+    clean = latents[sides, rows]
+    noise = torch.randn(clean.shape, generator=generator, device=device)
+    with _autocast(device):
+        found = denoiser(schedule.noisy(clean, noise, times), times, classes[rows], drop)
+    return mse_loss(found.float()[:, : clean.shape[1]], schedule.target(clean, noise, times))
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average ← decay average + (1 − decay) model."""
+    kept, new = ([parameter.detach() for parameter in one.parameters()] for one in (average, model))
+    torch._foreach_lerp_(kept, new, 1 - decay)
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -1,0 +1,218 @@
+"""What methods that draw their images share: models, jobs, noise, and the fusion of text into latents."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from annotated_types import Ge
+from torch import Tensor
+from tqdm import tqdm
+
+from dsdistill.core.config import settings_digest
+from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource
+from dsdistill.engine import Job, Run, Shared, State, Synthesizer
+from dsdistill.errors import BadData
+from dsdistill.generative.denoiser import Denoiser
+from dsdistill.generative.fusion import Fusion, Trained, Watch, train_fusion
+from dsdistill.generative.models import LatentModel, Models, latents_of, model_of
+from dsdistill.generative.sampling import Pull, Sampler, Start, drawn, noise_numbers
+from dsdistill.labels import HardLabels
+from dsdistill.matching import refuse_whitened
+from dsdistill.parameterizations import Pixels
+from dsdistill.selection.k_means import k_means_centres
+from dsdistill.synthetic import SyntheticDataset
+
+logger = logging.getLogger("dsdistill")
+_REHEARSED = 3  # steps of a fusion that are timed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(Synthesizer):
+    """Images that a latent diffusion model draws, class by class."""
+
+    protocol: ClassVar[str] = "minimax"
+
+    ipc: Annotated[int, Ge(1)] = 10
+    """Images per class."""
+    models: Models = Models()
+    """Autoencoder and denoiser, trained on the real images."""
+    sampler: Sampler = Sampler()
+    """How latents are drawn."""
+    fusion: Fusion | None = None
+    """EVLF before anything is made of latents: they are fused with the names of their classes; null: they are not."""
+    classes_together: Annotated[int, Ge(1)] = 10
+    """Classes of one job, which is kept when it is done."""
+
+    @property
+    def steps(self) -> int:
+        return 0  # images are drawn at once
+
+    def check(self, source: ImageSource) -> None:
+        """Refuse whitened images, and classes smaller than what is asked of them.
+
+        Raises:
+            BadData, InvalidSetting: naming the place and the mend.
+        """
+        super().check(source)
+        refuse_whitened(type(self).__name__, source)
+        need = self.needed()
+        small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < need]
+        if small:
+            raise BadData(
+                f"{len(small)} classes of {source.name!r} have fewer than the {need} images that as many modes take: "
+                f"{', '.join(small[:5])}; lower ipc"
+            )
+
+    def needed(self) -> int:
+        """Real images that every class must have."""
+        return 1
+
+    def prepare(self, run: Run) -> None:
+        self.denoiser(run)
+        if self.fusion is not None:
+            self.fused(run)
+
+    def jobs(self, run: Run) -> Sequence[Job]:
+        size = self.classes_together
+        parts = [run.classes[begin : begin + size] for begin in range(0, len(run.classes), size)]
+        return [Job(f"classes-{part[0]:05d}", part) for part in parts]
+
+    def start(self, run: Run, job: Job) -> State:
+        classes = torch.tensor(job.classes).repeat_interleave(self.ipc)
+        places = torch.arange(self.ipc).repeat(len(job.classes))
+        made = []
+        for some, which in zip(torch.split(classes, run.chunk), torch.split(places, run.chunk), strict=True):
+            run.shared.give_way()
+            made.append(self.images(run, some, which))
+        return State(Pixels(torch.cat(made)), HardLabels(classes, run.source.num_classes))
+
+    def images(self, run: Run, classes: Tensor, places: Tensor) -> Tensor:
+        """Standardised images (B, C, H, W): the ``places``-th (B,) of classes (B,), both on the CPU."""
+        model = self.model(run)
+        noise = self.noise(run, model, classes, places)
+        latents = drawn(
+            self.denoiser(run),
+            classes.to(run.device),
+            noise,
+            self.sampler,
+            pull=self.pull(run, classes, places),
+            start=self.begin(run, classes, places),
+        )
+        return model.decoded(latents)
+
+    def pull(self, run: Run, classes: Tensor, places: Tensor) -> Pull | None:
+        """What each paper has of its own: where the latents of these images are pulled to."""
+        return None
+
+    def begin(self, run: Run, classes: Tensor, places: Tensor) -> Start | None:
+        """Or the latents that these images begin from."""
+        return None
+
+    def noise(self, run: Run, model: LatentModel, classes: Tensor, places: Tensor) -> Tensor:
+        """(n, B, c, g, g): of each image from a stream of its own, whatever passes with it."""
+        shape = (noise_numbers(self.sampler), *model.autoencoder.latent)
+        rng = run.rng.scoped("").within("draw")
+        own = [
+            torch.randn(shape, generator=rng.within("class", label).at("image", place, device="cpu"))
+            for label, place in zip(classes.tolist(), places.tolist(), strict=True)
+        ]
+        return torch.stack(own, 1).to(run.device)
+
+    def model(self, run: Run) -> LatentModel:
+        """The models of the run. Errors as in `model_of`."""
+        return model_of(run, self.models)
+
+    def denoiser(self, run: Run) -> Denoiser:
+        """What draws: that of the models, unless a method makes another of it."""
+        return self.model(run).denoiser
+
+    def fused(self, run: Run) -> Trained:
+        """The fusion of a run, trained at the first call.
+
+        Raises:
+            MissingWeights, MissingExtra: of its text encoder. Stopped: the run was asked to stop.
+        """
+        assert self.fusion is not None
+        known = _fused.setdefault(run.shared, {})
+        key = (self.models, self.fusion)
+        if key not in known:
+            settings = self.fusion
+            kept = run.shared.get(f"fusion-{settings_digest(settings)}", lambda: self._learned(run, settings).state())
+            known[key] = Trained.restore(kept, self._grid(run), settings, run.device)
+        return known[key]
+
+    def _learned(self, run: Run, settings: Fusion) -> Trained:
+        latents, source, rehearsal = latents_of(run, self.models), run.source, run.shared.rehearsal
+        rng = Rng(self.models.seed, device=run.device).within("fusion")
+
+        def fetch(rows: Tensor, generator: torch.Generator) -> Tensor:
+            sides = torch.randint(len(latents), (len(rows),), generator=generator, device=latents.device)
+            return latents[sides, rows.to(latents.device)]
+
+        def train(steps: int, watch: Watch) -> Trained:
+            shortened = replace(settings, steps=steps)
+            names, grid = source.classes, self._grid(run)
+            return train_fusion(fetch, source.targets, names, grid, shortened, rng, run.device, watch=watch)
+
+        if rehearsal is not None and settings.steps > _REHEARSED:
+            begin = time.perf_counter()
+            made = train(_REHEARSED, lambda step, metrics: None)
+            rehearsal.seconds += (time.perf_counter() - begin) / _REHEARSED * (settings.steps - _REHEARSED)
+            return made
+        logger.info("training the fusion, %d steps", settings.steps)
+        with tqdm(total=settings.steps, desc="the fusion", unit="step", disable=None) as bar:
+
+            def watch(step: int, metrics: dict[str, Tensor]) -> None:
+                bar.update(1)
+                run.shared.give_way()
+
+            made = train(settings.steps, watch)
+        if rehearsal is None:
+            told = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, (first, last) in made.losses.items())
+            logger.info("the fusion has learned: %s", told)
+        return made
+
+    def _grid(self, run: Run) -> tuple[int, int, int]:
+        return self.model(run).autoencoder.latent
+
+    def latents(self, run: Run, label: int) -> Tensor:
+        """Scaled latents (n, c, g, g) of the real images of a class, fused with its name where that is asked for."""
+        source = run.source
+        begin = source.offsets[label]
+        plain = latents_of(run, self.models)[0, begin : begin + source.counts[label]]
+        scale = self.model(run).autoencoder.scale
+        if self.fusion is None:
+            return plain * scale
+        trained, own = self.fused(run), torch.full((len(plain),), label, device=run.device)
+        parts = zip(torch.split(plain, run.chunk), torch.split(own, run.chunk), strict=True)
+        return torch.cat([trained.fuse(*part) for part in parts]) * scale
+
+    def modes(self, run: Run, label: int) -> Tensor:
+        """Centres (ipc, c, g, g) of k-means clusters of the scaled latents of a class, the largest cluster first."""
+        known = _modes.setdefault(run.shared, {})
+        key = (self.models, self.fusion, self.ipc, label, run.rng.seed)
+        if key not in known:
+            latents = self.latents(run, label)
+            generator = run.rng.scoped("").within("modes").at("class", label, device="cpu")
+            known[key] = k_means_centres(latents.flatten(1), self.ipc, generator).view(-1, *latents.shape[1:])
+        return known[key]
+
+    def of_modes(self, run: Run, classes: Tensor, places: Tensor) -> Tensor:
+        """The mode of each of these images, (B, c, g, g)."""
+        pairs = zip(classes.tolist(), places.tolist(), strict=True)
+        return torch.stack([self.modes(run, label)[place] for label, place in pairs])
+
+    def finish(self, run: Run, state: State) -> SyntheticDataset:
+        """The set, which says what drew it."""
+        made = super().finish(run, state)
+        told = self.model(run).told
+        return replace(made, recipe=replace(made.recipe, notes=(*made.recipe.notes, *told)))
+
+
+_fused: "WeakKeyDictionary[Shared, dict[tuple[Models, Fusion], Trained]]" = WeakKeyDictionary()
+_modes: "WeakKeyDictionary[Shared, dict[tuple[Models, Fusion | None, int, int, int], Tensor]]" = WeakKeyDictionary()

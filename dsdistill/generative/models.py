@@ -1,0 +1,295 @@
+"""The models that a run draws with: an autoencoder and a denoiser, trained on its images alone.
+
+::
+
+    STORE/generative/DIGEST/generative.json, weights.safetensors   trained ones, found by every run on the same images
+    STORE/generative/DIGEST/autoencoder/, denoiser/                their training, until it is finished
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from dsdistill.core import storage
+from dsdistill.core.config import settings_digest, to_dict, validate
+from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource
+from dsdistill.engine import Run, Shared
+from dsdistill.errors import BadArtifact, Stopped
+from dsdistill.experts.progress import forget
+from dsdistill.experts.shelf import reserved_folder
+from dsdistill.generative.autoencoder import MOST_COMPONENTS, Autoencoder, PatchPCA, halvings, small_kl
+from dsdistill.generative.denoiser import Denoiser, small_transformer, tokens_of
+from dsdistill.generative.frames import Frame
+from dsdistill.generative.growing import SIZES, grow_autoencoder, grow_denoiser
+from dsdistill.networks import parameter_digest
+from dsdistill.recipe import library_versions
+
+logger = logging.getLogger("dsdistill")
+STORED_AS = 1
+"""Counts the ways in which models were trained by versions of this package; part of their digest."""
+MANIFEST, WEIGHTS = "generative.json", "weights.safetensors"
+_FITTED = 20_000  # images that a closed-form autoencoder is fitted on, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Which autoencoder and denoiser a method draws with; they are trained on the real images.
+
+    Raises:
+        InvalidSetting: a field has the wrong type or is out of range.
+    """
+
+    size: Literal["nano", "small", "base"] = "nano"
+    """nano suits a CPU and small images, small and base want a GPU."""
+    samples: Annotated[int, Ge(1)] | None = None
+    """Latents that the denoiser sees while it is trained; null: 20,000 (nano), 30.7 million (small), 51.2 (base)."""
+    max_seconds: Annotated[float, Gt(0)] | None = None
+    """The denoiser's training ends after so long; what it then saw stands in the set's notes."""
+    seed: int = 0
+    """Of their training, whatever the seed of the run is: runs with other seeds share them."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+@dataclass(frozen=True, eq=False)
+class LatentModel:
+    """An autoencoder, a denoiser of its latents, and how images become what it takes.
+
+    Attributes:
+        frame: between images and squares.
+        autoencoder, denoiser: on the run's device, fixed.
+        told: where they come from, for the notes of a set.
+    """
+
+    frame: Frame
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    told: tuple[str, ...]
+
+    @torch.no_grad()
+    def encoded(self, images: Tensor) -> Tensor:
+        """Unscaled latents (B, c, g, g) of standardised images (B, C, H, W)."""
+        return self.autoencoder.encode(self.frame.squares(images)).float()
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Standardised images (B, C, H, W) of scaled latents, their pixels within [0, 1]."""
+        return self.frame.restored(self.autoencoder.decode(latents / self.autoencoder.scale))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the autoencoder, which latents depend on."""
+        return parameter_digest(self.autoencoder)
+
+
+def model_of(run: Run, models: Models) -> LatentModel:
+    """The models of a run: found or trained at the first call.
+
+    Raises:
+        BadArtifact: trained ones are damaged.
+        BadData, InvalidSetting: they do not fit the images.
+        Stopped: the run was asked to stop; the training so far is kept.
+    """
+    made = _made.setdefault(run.shared, {})
+    if models not in made:
+        made[models] = _trained(run, models)
+    return made[models]
+
+
+def latents_of(run: Run, models: Models) -> Tensor:
+    """Unscaled latents (F, N, c, g, g) of all real images, and where mirroring is safe of mirrored ones (F = 2).
+
+    They are made once, and kept in the run's store by what decides them.
+    """
+    known = _latents.setdefault(run.shared, {})
+    if models not in known:
+        model = model_of(run, models)
+        place = None
+        if run.store is not None and run.shared.rehearsal is None:
+            told = {"images": run.source.fingerprint, "normalization": run.source.normalization.identity()}
+            digest = settings_digest({**told, "autoencoder": model.digest, "mirror_safe": run.source.mirror_safe})
+            place = run.store / "latents" / digest
+        known[models] = _kept_latents(run, model, place)
+    return known[models]
+
+
+def _kept_latents(run: Run, model: LatentModel, place: Path | None) -> Tensor:
+    name = "latents.safetensors"
+    if place is not None and (place / "latents.json").exists():
+        try:
+            manifest = storage.read_manifest(place / "latents.json")
+            found: Tensor = storage.read_listed_tensors(place, manifest, name)["latents"]
+            return found.to(run.device)
+        except BadArtifact as error:
+            logger.warning("the latents are made again: %s", error)
+    parts: list[Tensor] = []
+    for mirrored in (False, True) if run.source.mirror_safe else (False,):
+        for rows in torch.split(torch.arange(len(run.source), device=run.device), run.chunk):
+            run.shared.give_way()
+            images = run.source.gather(rows)
+            parts.append(model.encoded(images.flip(3) if mirrored else images))
+    made = torch.cat(parts)
+    made = made.view(-1, len(run.source), *made.shape[1:])
+    if place is not None:
+        storage.ensure_writable(place, "a store")
+        files = {name: storage.encode_tensors({"latents": made.cpu()})}
+        storage.write_folder(place, files, "latents.json", {"source": run.source.name})
+    return made
+
+
+def _trained(run: Run, models: Models) -> LatentModel:
+    identity = _identity(run.source, models)
+    digest = settings_digest(identity)
+    folder = None if run.store is None else run.store / "generative" / digest
+    if folder is None or run.shared.rehearsal is not None:
+        found = None if folder is None else _found(run, models, folder)
+        return found or _grown(run, models, None)
+    found = _found(run, models, folder)
+    if found is None:
+        with reserved_folder(folder, run.shared.give_way, "these models"):
+            found = _found(run, models, folder)  # asked again: who held the lock may have made them
+            if found is None:
+                try:
+                    found = _grown(run, models, folder)
+                except Stopped as error:
+                    kept = f"part of the training of the models, kept in {folder}"
+                    raise Stopped(error.signum, error.iteration, error.path, kept) from None
+                _save(found, folder, identity)
+    return found
+
+
+def _identity(source: ImageSource, models: Models) -> dict[str, Any]:
+    return {
+        "version": STORED_AS,
+        "models": to_dict(models),
+        "images": {
+            "fingerprint": source.fingerprint,
+            "normalization": source.normalization.identity(),
+            "mirror_safe": source.mirror_safe,
+        },
+    }
+
+
+def _save(model: LatentModel, folder: Path, identity: dict[str, Any]) -> None:
+    tensors = _both(model).state_dict()
+    told = {
+        "format": "dsdistill.generative",
+        "schema_version": 1,
+        "identity": identity,
+        "latent": list(model.autoencoder.latent),
+        "told": list(model.told),
+        "versions": library_versions(),
+    }
+    storage.write_folder(folder, {WEIGHTS: storage.encode_tensors(tensors)}, MANIFEST, told)
+    for name in ("autoencoder", "denoiser"):
+        forget(folder / name)
+
+
+def _found(run: Run, models: Models, folder: Path) -> LatentModel | None:
+    if not (folder / MANIFEST).exists():
+        return None
+    manifest = storage.read_manifest(folder / MANIFEST)
+    tensors = storage.read_listed_tensors(folder, manifest, WEIGHTS)
+    try:
+        channels, grid, _ = map(int, manifest["latent"])
+        frame = frame_of(run.source, models)
+        if SIZES[models.size].pca:
+            autoencoder: Autoencoder = PatchPCA(frame.channels, frame.side, frame.side // grid, channels)
+        else:
+            autoencoder = small_kl(frame.channels, frame.side, halvings(max(run.source.shape[1:])), Rng(models.seed))
+        denoiser = _blank_denoiser(run, models, autoencoder)
+        model = LatentModel(frame, autoencoder, denoiser, tuple(map(str, manifest["told"])))
+        _both(model).load_state_dict(tensors)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise BadArtifact(folder / MANIFEST, f"does not describe models of these images ({error})") from error
+    return _fixed(run, model)
+
+
+def _grown(run: Run, models: Models, folder: Path | None) -> LatentModel:
+    size, rng = SIZES[models.size], Rng(models.seed, device=run.device).within("generative")
+    frame, source = frame_of(run.source, models), run.source
+
+    def fetch(rows: Tensor) -> Tensor:
+        return frame.squares(source.gather(rows))
+
+    if size.pca:
+        generator = rng.at("fit", device=run.device)
+        rows = torch.randperm(len(source), generator=generator, device=run.device)[:_FITTED]
+        parts = [fetch(part).cpu() for part in torch.split(rows, run.chunk)]
+        autoencoder: Autoencoder = PatchPCA.fitted(torch.cat(parts), patch_of(source.shape), MOST_COMPONENTS)
+        autoencoder.to(run.device)
+    else:
+        model = small_kl(frame.channels, frame.side, halvings(max(source.shape[1:])), rng).to(run.device)
+        place = None if folder is None else folder / "autoencoder"
+        grow_autoencoder(run, model, fetch, len(source), size.passes, rng, place)
+        autoencoder = model
+    blank = LatentModel(frame, autoencoder, _blank_denoiser(run, models, autoencoder), ())
+    sides = (False, True) if source.mirror_safe else (False,)
+    every = torch.split(torch.arange(len(source), device=run.device), run.chunk)
+    latents = torch.stack(
+        [torch.cat([blank.encoded(_turned(source.gather(part), mirrored)) for part in every]) for mirrored in sides]
+    )
+    seen = grow_denoiser(
+        run,
+        blank.denoiser,
+        latents * autoencoder.scale,
+        source.targets,
+        size,
+        models.samples or size.samples,
+        models.max_seconds,
+        rng,
+        None if folder is None else folder / "denoiser",
+    )
+    if run.shared.rehearsal is not None:
+        run.shared.rehearsal.stored += sum(tensor.nbytes for tensor in _both(blank).state_dict().values())
+    told = (f"drawn by models of size {models.size} trained on these images alone, the denoiser on {seen:,} latents",)
+    return _fixed(run, replace(blank, told=told))
+
+
+def _turned(images: Tensor, mirrored: bool) -> Tensor:
+    return images.flip(3) if mirrored else images
+
+
+def _blank_denoiser(run: Run, models: Models, autoencoder: Autoencoder) -> Denoiser:
+    size, rng = SIZES[models.size], Rng(models.seed).within("generative")
+    made = small_transformer(autoencoder.latent, run.source.num_classes, size.layers, size.heads, size.width, rng)
+    return made.to(run.device)
+
+
+def _both(model: LatentModel) -> nn.ModuleDict:
+    return nn.ModuleDict({"autoencoder": model.autoencoder, "denoiser": model.denoiser})
+
+
+def _fixed(run: Run, model: LatentModel) -> LatentModel:
+    _both(model).to(run.device).eval().requires_grad_(False)
+    return model
+
+
+def frame_of(source: ImageSource, models: Models) -> Frame:
+    """Squares that hold the images, as many pixels wide as autoencoder and denoiser can divide."""
+    channels, height, width = source.shape
+    longest = max(height, width)
+    if SIZES[models.size].pca:
+        patch = patch_of(source.shape)
+        step = patch * tokens_of(-(-longest // patch))
+    else:
+        step = 2 * 2 ** halvings(longest)  # and patches of two pixels of the latent
+    return Frame(source.shape, source.normalization, -(-longest // step) * step, channels)
+
+
+def patch_of(shape: tuple[int, int, int]) -> int:
+    """Side of the patches of a closed-form autoencoder: 4 from 24 pixels on, 2 from 6 on."""
+    longest = max(shape[1:])
+    return 4 if longest >= 24 else 2 if longest >= 6 else 1
+
+
+_made: "WeakKeyDictionary[Shared, dict[Models, LatentModel]]" = WeakKeyDictionary()
+_latents: "WeakKeyDictionary[Shared, dict[Models, Tensor]]" = WeakKeyDictionary()

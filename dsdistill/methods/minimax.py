@@ -1,0 +1,221 @@
+"""Minimax diffusion (Gu et al., Efficient Dataset Distillation via Minimax Diffusion, arXiv 2311.15529).
+
+The denoiser is fine-tuned on the real latents with two terms on x̂0, the clean latents that it predicts of a mini-batch
+at random noise levels. Each class c has memories: M_c of real latents, D_c of what was predicted before. With the n_b
+classes of the mini-batch and the cosine of flattened latents::
+
+    L = L_denoising + λ_r / n_b Σ_c (1 − min_{i ∈ c, m ∈ M_c} cos(x̂0_i, m))         representative of all that is real
+                    + λ_d / n_b Σ_c max_{i ∈ c, d ∈ D_c} cos(x̂0_i, d)               unlike what was predicted before
+
+so the real latent that is least like the batch is approached, and the prediction most like an earlier one is moved
+away. A class whose memory is empty has no term. Then images are drawn by class, from a moving average of the weights.
+
+Trained are the biases and the class tables, the part of the paper's "DiffFit" that needs no new parameters;
+λ_r = 0.002, λ_d = 0.008, memories of 64, AdamW at 1e-3, mini-batches of 8 and about 12,000 steps are the paper's, for
+ten classes.
+
+Departures: no scales are added to layers (DiffFit's γ). The learned variance of a DiT is not trained on. Latents are
+means of the autoencoder's posterior. Many classes are the paper's maintainers' phases of about 20, each from the
+original weights: here `classes_at_once`.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, normalize
+
+from dsdistill.core.config import settings_digest, to_dict
+from dsdistill.core.rng import Rng
+from dsdistill.engine import Preset, Run, Shared
+from dsdistill.experts.progress import Progress, forget
+from dsdistill.generative.denoiser import Denoiser
+from dsdistill.generative.growing import Budget, follow, repeated
+from dsdistill.generative.method import Drawing
+from dsdistill.generative.sampling import Sampler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minimax(Drawing):
+    """Fine-tuning for sets: a diffusion model that draws what is representative, and unlike what it drew."""
+
+    paper: ClassVar[str] = (
+        "Gu et al., Efficient Dataset Distillation via Minimax Diffusion, CVPR 2024, arXiv 2311.15529"
+    )
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "dit": Preset(
+            "authors' code, DiT-XL/2 at 256 pixels, ten classes",
+            {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0)},
+        ),
+    }
+
+    iterations: Annotated[int, Ge(1)] = 12_000
+    """Steps of fine-tuning."""
+    batch_size: Annotated[int, Ge(1)] = 8
+    """Latents of a mini-batch."""
+    lr: Annotated[float, Gt(0)] = 1e-3
+    """Step size of AdamW, constant."""
+    representative: Annotated[float, Ge(0)] = 0.002
+    """λ_r, weight of the least likeness to real latents."""
+    diverse: Annotated[float, Ge(0)] = 0.008
+    """λ_d, weight of the greatest likeness to earlier predictions."""
+    memory: Annotated[int, Ge(1)] = 64
+    """Latents that each memory holds; the oldest give way."""
+    decay: Annotated[float, Ge(0), Lt(1)] = 0.9999
+    """Of the moving average of the weights that images are drawn with; after 12,000 steps 30 % of it are as before."""
+    weighted: bool = False
+    """Weight both terms by ᾱ_t: where there is nearly noise alone, x̂0 says little."""
+    classes_at_once: Annotated[int, Ge(1)] = 20
+    """Classes that are fine-tuned for together, from the weights as they were; more have phases of their own."""
+
+    def denoiser(self, run: Run) -> Denoiser:
+        return self._phase(run, run.classes[0] // self.classes_at_once)
+
+    def images(self, run: Run, classes: Tensor, places: Tensor) -> Tensor:
+        """As `Drawing.images`, phase by phase."""
+        phases = classes // self.classes_at_once
+        made = torch.empty((len(classes), *run.source.shape), device=run.device)
+        for phase in sorted(set(phases.tolist())):
+            own = phases == phase
+            scoped = replace(run, classes=(phase * self.classes_at_once,))
+            made[own.to(run.device)] = super().images(scoped, classes[own], places[own])
+        return made
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        for phase in range(-(-run.source.num_classes // self.classes_at_once)):
+            self._phase(run, phase)
+
+    def _phase(self, run: Run, phase: int) -> Denoiser:
+        """The denoiser that is fine-tuned for the classes of a phase."""
+        known = _tuned.setdefault(run.shared, {})
+        if (self, phase) not in known:
+            tuned = copy.deepcopy(self.model(run).denoiser)
+            kept = run.shared.get(f"minimax-{phase}", lambda: self._tuned(run, phase, tuned))
+            names = dict(tuned.named_parameters())
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    names[name].copy_(tensor)
+            known[self, phase] = tuned.eval().requires_grad_(False)
+        return known[self, phase]
+
+    def _tuned(self, run: Run, phase: int, model: Denoiser) -> dict[str, Tensor]:
+        """The moving average of what is trained, by name."""
+        first = phase * self.classes_at_once
+        some = range(first, min(first + self.classes_at_once, run.source.num_classes))
+        latents = torch.cat([self.latents(run, label) for label in some])
+        classes = torch.cat([torch.full((run.source.counts[label],), label, device=run.device) for label in some])
+        average = copy.deepcopy(model)
+        trained = tunable(model)
+        optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.0)
+        memories = Memories(run.source.num_classes, self.memory, latents[0].numel(), run.device)
+        rng = Rng(run.rng.seed, device=run.device).within("minimax", phase)
+
+        def step(number: int) -> Tensor:
+            loss = self._loss(model, memories, latents, classes, rng.at("step", number, device=run.device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            follow(average, model, self.decay)
+            return loss.detach()
+
+        folder = None
+        if run.store is not None:
+            told: dict[str, Any] = {"method": to_dict(self), "images": run.source.fingerprint, "phase": phase}
+            folder = run.store / "minimax" / settings_digest({**told, "seed": run.rng.seed})
+        model.train()
+        state = nn.ModuleDict({"model": model, "average": average, "memories": memories})
+        repeated(run, "minimax", Budget(self.iterations), Progress(folder, state, optimizer), step)
+        if folder is not None:
+            forget(folder)
+        return {name: parameter.detach() for name, parameter in tunable(average).items()}
+
+    def _loss(
+        self, model: Denoiser, memories: "Memories", latents: Tensor, classes: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        schedule, device, size = model.schedule, latents.device, self.batch_size
+        rows = torch.randint(len(latents), (size,), generator=generator, device=device)
+        times = torch.randint(schedule.times, (size,), generator=generator, device=device)
+        drop = torch.rand(size, generator=generator, device=device) < 0.1
+        clean, own = latents[rows], classes[rows]
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        noisy = schedule.noisy(clean, noise, times)
+        found = model(noisy, times, own, drop).float()[:, : clean.shape[1]]
+        predicted = schedule.clean(found, noisy, times)[0].flatten(1)
+        weight = schedule.at(times, clean).flatten() if self.weighted else torch.ones(size, device=device)
+        real, drawn = memories.terms(predicted, own, weight)
+        memories.add(clean.flatten(1), predicted.detach(), own)
+        loss: Tensor = mse_loss(found, schedule.target(clean, noise, times))
+        return loss + self.representative * real + self.diverse * drawn
+
+
+class Memories(nn.Module):
+    """The real latents and the predictions that each of K classes had last, as directions.
+
+    Args:
+        classes: K.
+        size: of each memory.
+        numbers: of a latent.
+    """
+
+    real: Tensor
+    drawn: Tensor
+    count: Tensor
+
+    def __init__(self, classes: int, size: int, numbers: int, device: torch.device) -> None:
+        super().__init__()
+        for name in ("real", "drawn"):
+            self.register_buffer(name, torch.zeros(classes, size, numbers, device=device))
+        self.register_buffer("count", torch.zeros(classes, dtype=torch.int64, device=device))
+
+    def terms(self, predicted: Tensor, classes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over the classes of a batch of 1 − the least cosine to real ones, and of the greatest to drawn ones.
+
+        Args:
+            predicted: (B, d); differentiable.
+            classes: (B,).
+            weight: (B,), of each prediction's distance and likeness.
+        """
+        directions = normalize(predicted, dim=1)
+        size = self.real.shape[1]
+        there = torch.arange(size, device=predicted.device) < self.count[classes][:, None].clamp_max(size)
+        known, blank = there[:, 0], torch.zeros((), device=predicted.device)
+        unlike = 1 - torch.einsum("bd,bmd->bm", directions, self.real[classes])
+        like = torch.einsum("bd,bmd->bm", directions, self.drawn[classes])
+        farthest = unlike.masked_fill(~there, -torch.inf).amax(1).where(known, blank) * weight
+        nearest = like.masked_fill(~there, -torch.inf).amax(1).where(known, blank) * weight
+        present = classes[:, None] == classes
+        groups = present.float().sum(1).reciprocal().sum()  # n_b
+        totals = []
+        for values in (farthest, nearest):
+            # Of each class the largest; each of its members has it, and counts as its share of one.
+            largest = values.expand(len(values), -1).masked_fill(~present, -torch.inf).amax(1)
+            totals.append((largest / present.float().sum(1)).sum() / groups)
+        return totals[0], totals[1]
+
+    @torch.no_grad()
+    def add(self, real: Tensor, drawn: Tensor, classes: Tensor) -> None:
+        """Remember latents (B, d) of classes (B,), in the place of the oldest."""
+        before = (classes[:, None] == classes).tril(-1).sum(1)
+        slots = (self.count[classes] + before) % self.real.shape[1]
+        self.real[classes, slots] = normalize(real, dim=1)
+        self.drawn[classes, slots] = normalize(drawn, dim=1)
+        self.count += torch.bincount(classes, minlength=len(self.count))
+
+
+def tunable(model: Denoiser) -> dict[str, nn.Parameter]:
+    """Biases and class tables, by name, which alone are trained from then on."""
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(".bias") or name.endswith("embedding_table.weight"))
+        if parameter.requires_grad:
+            chosen[name] = parameter
+    return chosen
+
+
+_tuned: "WeakKeyDictionary[Shared, dict[tuple[Minimax, int], Denoiser]]" = WeakKeyDictionary()

@@ -1,0 +1,221 @@
+"""Methods that draw: what an image depends on, modes, fusion, and models that are found again."""
+
+import logging
+import math
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from methods.cases import BLURRED, CASES
+
+from dsdistill import estimate, synthesize
+from dsdistill.core.rng import Rng
+from dsdistill.engine import Run, Shared
+from dsdistill.errors import BadData, Diverged, InvalidSetting, Stopped
+from dsdistill.generative import growing
+from dsdistill.generative.denoiser import COSINE, Schedule
+from dsdistill.generative.models import Models, frame_of, latents_of, model_of, patch_of
+from dsdistill.generative.sampling import Sampler, furthest
+from dsdistill.methods import D4M, EVLF, MGD3, Diffusion
+from dsdistill.testing import toy_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def source():
+    return toy_source(classes=3)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return tmp_path_factory.mktemp("store")
+
+
+def made(method, source, store, **options):
+    return synthesize(method, source, device="cpu", store=store, progress=False, **options).tensors()
+
+
+def run_of(source, store=None, seed=0):
+    return Run(source.train_only(), CPU, Rng(seed), (0, 1, 2), 100, shared=Shared(), store=store)
+
+
+@pytest.mark.parametrize("name", ["Diffusion", "Minimax"])
+def test_the_first_images_of_a_larger_set_are_those_of_a_smaller_one(name, source, store):
+    method = CASES[name]
+    few, of_few = made(method, source, store)
+    many, of_many = made(replace(method, ipc=4), source, store)
+    for label in range(3):
+        torch.testing.assert_close(many[of_many == label][:2], few[of_few == label], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Diffusion", "D4M", "MGD3", "EVLF"])
+def test_an_image_depends_on_neither_job_nor_chunk(name, source, store):
+    method = CASES[name]
+    images, _ = made(method, source, store)
+    apart, _ = made(replace(method, classes_together=1), source, store, chunk=1)
+    torch.testing.assert_close(apart, images, rtol=1e-4, atol=1e-4)
+    other, _ = made(method, source, store, seed=1)
+    assert not torch.allclose(other, images, atol=1e-2)
+
+
+def test_pixels_are_within_their_range(source, store):
+    images, _ = made(Diffusion(**BLURRED), source, store)
+    unit = source.normalization.to_unit(images)
+    assert float(unit.min()) > -1e-5
+    assert float(unit.max()) < 1 + 1e-5
+
+
+def test_modes_are_the_points_where_there_are_as_many(source, store):
+    run = run_of(source, store)
+    method = MGD3(ipc=12, models=BLURRED["models"])
+    modes, latents = method.modes(run, 1), method.latents(run, 1)
+    assert len(latents) == 12
+    order = torch.cdist(modes.flatten(1), latents.flatten(1)).argmin(1)
+    torch.testing.assert_close(modes, latents[order])
+    one = replace(method, ipc=1).modes(run, 1)
+    torch.testing.assert_close(one[0], latents.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_pull_and_a_start_are_towards_and_from_modes(source, store):
+    run, classes, places = run_of(source, store), torch.tensor([0, 2]), torch.tensor([1, 0])
+    method = replace(CASES["MGD3"], until=7, strength=0.3)
+    pull = method.pull(run, classes, places)
+    assert torch.equal(pull.modes, torch.stack([method.modes(run, 0)[1], method.modes(run, 2)[0]]))
+    assert (pull.strength, pull.until) == (0.3, 7)
+    assert torch.equal(D4M(**BLURRED).begin(run, classes, places).latents, pull.modes)
+
+
+def test_unfused_evlf_is_mgd3_and_a_fusion_that_learned_nothing_is_the_identity(source, store):
+    fused = CASES["EVLF"]
+    settings = {name: getattr(fused, name) for name in ("ipc", "models", "sampler", "until", "classes_together")}
+    plain, _ = made(MGD3(**settings), source, store)
+    assert torch.equal(made(EVLF(**settings, fusion=None), source, store)[0], plain)
+    run = run_of(source, store)
+    still = replace(fused, fusion=replace(fused.fusion, lr=1e-30, lr_text=1e-30, weight_decay=0.0))
+    torch.testing.assert_close(still.latents(run, 0), MGD3(**settings).latents(run, 0), rtol=0, atol=1e-6)
+    assert not torch.equal(fused.latents(run, 0), MGD3(**settings).latents(run, 0))
+
+
+def test_what_a_ddim_step_may_be_pulled_by():
+    assert furthest(Schedule(COSINE), Sampler(kind="ddim"), 25) > 100
+    linear = Schedule({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"})
+    assert 1 < furthest(linear, Sampler(kind="ddim"), 25) < 1.5
+    assert furthest(linear, Sampler(kind="ddim"), 50) == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "message"),
+    [
+        (MGD3(**{**BLURRED, "sampler": Sampler(kind="dpm")}), InvalidSetting, "where latents are pulled"),
+        (MGD3(**{**BLURRED, "sampler": Sampler(kind="ddim"), "until": 0}), InvalidSetting, "pulls .* times too far"),
+        (MGD3(**{**BLURRED, "ipc": 13}), BadData, "fewer than the 13 images that as many modes take: 'class 0' .12."),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(method, error, message, source, store):
+    with pytest.raises(error, match=message):
+        made(method, source, store)
+
+
+# Models --------------------------------------------------------------------------------------------------------
+
+
+def test_models_and_latents_are_found_again_and_tell_where_they_are_from(source, store, monkeypatch):
+    models = Models(samples=50)
+    first = model_of(run_of(source, store), models)
+    latents = latents_of(run_of(source, store), models)
+    monkeypatch.setattr(growing, "repeated", None)
+    again = model_of(run_of(source, store, seed=5), models)
+    assert again.digest == first.digest
+    assert all(torch.equal(a, b) for a, b in zip(again.denoiser.parameters(), first.denoiser.parameters(), strict=True))
+    monkeypatch.setattr(type(again), "encoded", None)
+    assert torch.equal(latents_of(run_of(source, store), models), latents)
+    assert latents.shape[:2] == (2, 36)  # mirrored ones too
+    assert first.told[0].endswith("the denoiser on 64 latents")
+
+
+def test_few_latents_are_warned_of(source, caplog):
+    with caplog.at_level(logging.INFO, "dsdistill"):
+        model_of(run_of(source), Models(samples=50))
+    assert "below 1,000,000 images show little more than the colours of their class" in caplog.text
+
+
+def test_an_interrupted_training_goes_on_to_the_same_bits(source, tmp_path, monkeypatch):
+    models = Models(samples=64 * 60)
+    whole = model_of(run_of(source, tmp_path / "whole"), models)
+    loss, done = growing.denoising_loss, []
+
+    def stopping(*given):
+        done.append(1)
+        if len(done) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*given)
+
+    monkeypatch.setattr(growing, "denoising_loss", stopping)
+    method = Diffusion(ipc=1, models=models, sampler=Sampler(steps=2))
+    with pytest.raises(Stopped, match="part of the training of the models"):
+        synthesize(method, source, device="cpu", out=tmp_path / "out", store=tmp_path / "store")
+    assert len(done) < 60
+    synthesize(method, source, device="cpu", out=tmp_path / "out", store=tmp_path / "store")
+    assert len(done) == 60
+    found = model_of(run_of(source, tmp_path / "store"), models).denoiser
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), whole.denoiser.parameters(), strict=True))
+
+
+def test_time_may_end_it_and_the_set_says_so(source):
+    made = model_of(run_of(source), Models(samples=10**7, max_seconds=0.01))
+    assert made.told[0].endswith(f"the denoiser on {64 * 50:,} latents")
+
+
+def test_a_loss_that_is_not_finite_is_an_error(source, monkeypatch):
+    loss = growing.denoising_loss
+    monkeypatch.setattr(growing, "denoising_loss", lambda *given: math.nan * loss(*given))
+    with pytest.raises((InvalidSetting, Diverged), match="diverged"):
+        model_of(run_of(source), Models(samples=50))
+
+
+def test_training_lowers_the_loss(source):
+    losses = []
+    for samples in (64, 64 * 150):
+        model = model_of(run_of(source), Models(samples=samples))
+        latents = latents_of(run_of(source), Models(samples=samples)) * model.autoencoder.scale
+        generator = torch.Generator().manual_seed(0)
+        losses.append(float(growing.denoising_loss(model.denoiser, latents, source.targets, 400, generator)))
+    assert losses[1] < 0.96 * losses[0]  # of noise, in which there is little to learn
+
+
+def test_a_kl_autoencoder_has_unit_latents(monkeypatch):
+    source = toy_source(classes=2, per_class=16, shape=(3, 16, 16))
+    brief = replace(growing.SIZES["small"], passes=3, samples=16, layers=1, heads=2, width=8, batch=8)
+    monkeypatch.setitem(growing.SIZES, "small", brief)
+    model = model_of(run_of(source), Models(size="small"))
+    latents = latents_of(run_of(source), Models(size="small")) * model.autoencoder.scale
+    assert latents.shape[2:] == (4, 8, 8)
+    assert float(latents[0].std()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "side"),
+    [
+        ((1, 8, 8), 2, 8),
+        ((3, 32, 32), 4, 32),
+        ((1, 28, 28), 4, 28),
+        ((3, 30, 40), 4, 40),
+        ((1, 10, 6), 2, 10),
+        ((1, 5, 5), 1, 5),
+    ],
+)
+def test_squares_suit_autoencoder_and_denoiser(shape, patch, side):
+    source = toy_source(classes=2, per_class=2, shape=shape)
+    assert patch_of(shape) == patch
+    assert frame_of(source, Models()).side == side
+    assert frame_of(source, Models(size="small")).side % 4 == 0
+
+
+def test_a_dry_run_trains_nothing_in_full(source, tmp_path):
+    cost = estimate(Diffusion(ipc=1, models=Models(samples=10**6), sampler=Sampler(steps=2)), source, store=tmp_path)
+    assert cost.seconds > 60
+    assert cost.store > 10**6
+    assert not list(tmp_path.iterdir())
