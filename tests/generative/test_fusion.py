@@ -124,6 +124,11 @@ def test_the_order_of_words_does_not_matter_and_their_presence_does():
     assert (module(latents, texts.roll(1, 0)) - fused).abs().max() > 1e-3
 
 
+def test_heads_divide_the_width():
+    with pytest.raises(InvalidSetting, match="divisor of the width, 8"):
+        FusionModule(2, (4, 3), 6, width=8, heads=3)
+
+
 def test_dropout_only_while_training():
     module, (latents, texts) = small(dropout=0.5), inputs()
     assert torch.equal(module(latents, texts), module(latents, texts))

@@ -24,6 +24,11 @@ from dsdistill.testing import toy_source
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def smaller_models(monkeypatch):
+    monkeypatch.setitem(growing.SIZES, "nano", replace(growing.SIZES["nano"], layers=1, heads=2, width=16))
+
+
 @pytest.fixture(scope="module")
 def source():
     return toy_source(classes=3)
@@ -217,5 +222,5 @@ def test_squares_suit_autoencoder_and_denoiser(shape, patch, side):
 def test_a_dry_run_trains_nothing_in_full(source, tmp_path):
     cost = estimate(Diffusion(ipc=1, models=Models(samples=10**6), sampler=Sampler(steps=2)), source, store=tmp_path)
     assert cost.seconds > 60
-    assert cost.store > 10**6
+    assert cost.store > 10**4
     assert not list(tmp_path.iterdir())
