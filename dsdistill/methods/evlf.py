@@ -17,6 +17,10 @@ Text: CLIP's encoder where one is named (``fusion.text``, extra "text"), as in t
 that is trained with the fusion. That one knows no language: it tells names apart, and gives each class directions of
 its own.
 
+With the residual the fusion changes latents little: the projector learns most of the alignment itself, and λ₂ draws μ'
+back to μ. On digits the fused latents differ from plain ones by 3 % of their deviation, so images are nearly those of
+`MGD3`. ``fusion.residual`` false changes them as the authors' module does, which also loses what it cannot rebuild.
+
 Departures: the module begins as the identity, and adds to μ what it finds; the authors' replaces μ (``fusion.residual``
 false). The end-of-text state is the first, theirs the last, which is padding. Modes are clusters of latents of images
 that are not mirrored, where theirs mirror at random.
