@@ -37,7 +37,6 @@ class Schedule:
         )
         self.kept = (1 - made.betas.double()).cumprod(0)
         self.prediction = str(config.get("prediction_type", "epsilon"))
-        self.offset = int(config.get("steps_offset", 0))
 
     @property
     def times(self) -> int:
@@ -90,29 +89,14 @@ class Denoiser(nn.Module):
     """A network of diffusers with its noise levels.
 
     Args:
-        network: a `DiTTransformer2DModel`, or a `UNet2DConditionModel`.
+        network: a `DiTTransformer2DModel`, that knows classes by number.
         schedule: its noise levels.
-        conditions: of a U-Net: text states (K + 1, L, D) of the classes, the last row for none.
-        null: the label for no class, of a transformer.
-        labels: (K,) its label of each of our classes; None where they are the same.
+        null: the label for no class.
     """
 
-    conditions: Tensor | None
-    labels: Tensor | None
-
-    def __init__(
-        self,
-        network: Any,
-        schedule: Schedule,
-        *,
-        conditions: Tensor | None = None,
-        null: int = 0,
-        labels: Tensor | None = None,
-    ) -> None:
+    def __init__(self, network: Any, schedule: Schedule, *, null: int) -> None:
         super().__init__()
         self.network, self.schedule, self.null = network, schedule, null
-        self.register_buffer("conditions", conditions, persistent=False)
-        self.register_buffer("labels", labels, persistent=False)
 
     @property
     def channels(self) -> int:
@@ -120,20 +104,14 @@ class Denoiser(nn.Module):
         return int(self.network.config.in_channels)
 
     @property
-    def classes(self) -> int | None:
-        """Classes that the network knows; None where it is told by text."""
-        return None if self.conditions is not None else int(self.network.config.num_embeds_ada_norm)
+    def classes(self) -> int:
+        """Classes that the network knows."""
+        return int(self.network.config.num_embeds_ada_norm)
 
     def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:
-        """The raw output at times (B,) for our classes (B,); where ``drop`` (B,) says so, for none."""
-        if self.conditions is not None:
-            rows = classes if drop is None else torch.where(drop, len(self.conditions) - 1, classes)
-            told = self.conditions[rows]
-            result: Tensor = self.network(noisy, times, encoder_hidden_states=told).sample
-            return result
-        own = classes if self.labels is None else self.labels[classes]
-        own = own if drop is None else torch.where(drop, self.null, own)
-        result = self.network(noisy, timestep=times, class_labels=own).sample
+        """The raw output at times (B,) for classes (B,); where ``drop`` (B,) says so, for none."""
+        own = classes if drop is None else torch.where(drop, self.null, classes)
+        result: Tensor = self.network(noisy, timestep=times, class_labels=own).sample
         return result
 
     @torch.no_grad()
@@ -141,7 +119,7 @@ class Denoiser(nn.Module):
         """What it says of x_t (B, c, g, g) at one time.
 
         Args:
-            classes: (B,), ours.
+            classes: (B,).
             guidance: w; at 1 it is asked once.
             guided: channels that guidance is for, the first ones; None for all. The code of DiT guides three of four.
         """
