@@ -177,6 +177,7 @@ def label_bytes(images: int) -> int:
         images="0" * 64,
         teachers=({"name": "resnet18", "digest": "0" * 64, "accuracy": 0.7},),
         weights=(1.0,),
+        vote_temperature=None,
         teacher_mode="eval",
         recipe=get_protocol("sre2l"),
         epochs=300,
