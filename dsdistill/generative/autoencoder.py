@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsdistill.core.rng import Rng
+from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.errors import BadData, ShapeMismatch
 
 MOST_COMPONENTS = 16
@@ -149,8 +149,9 @@ def small_kl(channels: int, side: int, times: int, rng: Rng) -> KL:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     widths = (32, *(64 for _ in range(times)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.integer("autoencoder") % 2**63)
+    cpu = torch.device("cpu")
+    with isolated_global_rng(cpu):  # the library's layers know no generator
+        seed_global(rng.integer("autoencoder"), cpu)
         model = AutoencoderKL(
             in_channels=channels,
             out_channels=channels,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsdistill.core.rng import Rng
+from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 
 
 class Schedule:
@@ -159,8 +159,9 @@ def small_transformer(
     from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     channels, grid, _ = latent
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.integer("denoiser") % 2**63)
+    cpu = torch.device("cpu")
+    with isolated_global_rng(cpu):  # the library's layers know no generator
+        seed_global(rng.integer("denoiser"), cpu)
         network = DiTTransformer2DModel(
             num_attention_heads=heads,
             attention_head_dim=width,

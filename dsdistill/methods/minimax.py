@@ -125,7 +125,7 @@ class Minimax(Drawing):
             return loss.detach()
 
         folder = None
-        if run.store is not None:
+        if run.store is not None and run.shared.rehearsal is None:
             told: dict[str, Any] = {"method": to_dict(self), "images": run.source.fingerprint, "phase": phase}
             folder = run.store / "minimax" / settings_digest({**told, "seed": run.rng.seed})
         model.train()

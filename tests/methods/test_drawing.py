@@ -18,7 +18,7 @@ from dsdistill.generative import growing
 from dsdistill.generative.denoiser import COSINE, Schedule
 from dsdistill.generative.models import Models, frame_of, latents_of, model_of, patch_of
 from dsdistill.generative.sampling import Sampler, furthest
-from dsdistill.methods import D4M, EVLF, MGD3, Diffusion
+from dsdistill.methods import D4M, EVLF, MGD3, Diffusion, Minimax
 from dsdistill.testing import toy_source
 
 CPU = torch.device("cpu")
@@ -224,3 +224,34 @@ def test_a_dry_run_trains_nothing_in_full(source, tmp_path):
     assert cost.seconds > 60
     assert cost.store > 10**4
     assert not list(tmp_path.iterdir())
+
+
+def test_constants_are_those_of_the_papers():
+    guided, minimax = MGD3(), Minimax()
+    assert (guided.strength, guided.until, guided.sampler.kind, guided.sampler.steps) == (0.1, 25, "ddpm", 50)
+    assert (MGD3.preset("dit").sampler.guidance, D4M.preset("stable_diffusion").sampler.guidance) == (4.0, 8.0)
+    assert D4M().strength == 0.7
+    assert (minimax.representative, minimax.diverse, minimax.memory, minimax.decay) == (0.002, 0.008, 64, 0.9999)
+    assert (minimax.iterations, minimax.batch_size, minimax.lr, minimax.classes_at_once) == (12_000, 8, 1e-3, 20)
+    fusion = EVLF().fusion
+    assert (fusion.alignment, fusion.closeness, fusion.temperature, fusion.drop_text) == (0.1, (0.05, 1.0), 0.07, 0.2)
+    assert (fusion.width, fusion.heads, fusion.layers, fusion.lr, fusion.lr_projector) == (256, 4, 2, 3e-4, 1e-4)
+
+
+def test_a_dry_run_leaves_a_fine_tuning_alone_that_was_interrupted(source, tmp_path, monkeypatch):
+    method = replace(CASES["Minimax"], iterations=120)
+    loss, done = Minimax._loss, []
+
+    def stopping(*given):
+        done.append(1)
+        if len(done) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*given)
+
+    monkeypatch.setattr(Minimax, "_loss", stopping)
+    with pytest.raises(Stopped):
+        synthesize(method, source, device="cpu", out=tmp_path / "out", store=tmp_path / "store")
+    kept = sorted(path.name for path in (tmp_path / "store" / "minimax").rglob("*"))
+    assert "progress.json" in kept
+    estimate(method, source, device="cpu", store=tmp_path / "store")
+    assert sorted(path.name for path in (tmp_path / "store" / "minimax").rglob("*")) == kept
