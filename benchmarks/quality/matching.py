@@ -1,11 +1,12 @@
 """Test accuracy of every matching method and selection rule under one evaluator, over several synthesis seeds.
 
 All rows share data, budget, networks, protocol and seeds, so differences are paired by seed: every row against random
-real images, and every method wrapped by FYI against the method itself. With ``--protocols dsa fyi`` sets are scored
-under both dialects of augmentation, which makes the 2x2 of FYI: a gain within one protocol is the wrapper's, a
-difference between protocols is the evaluator's.
+real images, every method wrapped by FYI against the method itself, and every one whose latents are fused with names
+against the same without. With ``--protocols dsa fyi`` sets are scored under both dialects of augmentation, which makes
+the 2x2 of FYI: a gain within one protocol is the wrapper's, a difference between protocols is the evaluator's.
 
-Plans: "short" for two CPU cores, every method with about the same time; "published" takes the settings of the papers
+Plans: "short" for two CPU cores, every method with about the same time; "drawn" for those that draw their images, on
+digits, each with and without fusion, from the same models; "published" takes the settings of the papers
 (`Synthesizer.preset`) and wants a GPU. Sets and scores stay in ``--runs``: the same command continues.
 """
 
@@ -31,7 +32,9 @@ from dsdistill.core.device import resolve_device
 from dsdistill.data import ImageSource
 from dsdistill.engine import Synthesizer
 from dsdistill.evaluation import EvaluationProtocol, Score, paired_difference
+from dsdistill.generative.method import Drawing
 from dsdistill.matching import TrajectoryMatching
+from dsdistill.methods import Diffusion
 
 RANDOM = "RandomReal"
 
@@ -61,7 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--methods", nargs="+", help="rows of the plan to make; default: all. RandomReal is always made"
     )
-    parser.add_argument("--protocols", nargs="+", default=["dsa"])
+    parser.add_argument("--protocols", nargs="+", default=argparse.SUPPRESS, help="default: the plan's")
     parser.add_argument("--seeds", type=int, default=argparse.SUPPRESS, help="synthesis seeds")
     parser.add_argument("--networks", type=int, default=argparse.SUPPRESS, help="networks per seed")
     parser.add_argument("--epochs", type=int, default=argparse.SUPPRESS, help="epochs of the evaluation")
@@ -81,9 +84,9 @@ def main() -> None:
     source = first_of_each_class(dd.data.load(options.data, device=device), options.per_class)
     methods = plan.methods(options.ipc)
     chosen = {name: methods[name] for name in dict.fromkeys([RANDOM, *(options.methods or methods)])}
-    protocols = {name: plan.protocol(name) for name in options.protocols}
+    protocols = {name: plan.protocol(name) for name in getattr(options, "protocols", [plan.default])}
     folder = options.runs / "-".join(
-        word for word in ("matching", slug(source.name), part, options.plan, f"ipc{options.ipc}") if word
+        word for word in (plan.family, slug(source.name), part, options.plan, f"ipc{options.ipc}") if word
     )
     rows = {name: scored(method, source, plan, protocols, folder / slug(name)) for name, method in chosen.items()}
     content = {
@@ -100,9 +103,14 @@ def main() -> None:
         "ipc": options.ipc,
         "networks": plan.networks,
         "protocols": {name: to_dict(protocol) for name, protocol in protocols.items()},
-        "rows": [line for name in protocols for line in lines(name, {key: row[name] for key, row in rows.items()})],
+        "rows": [
+            line
+            for name in protocols
+            for line in lines(name, {key: row[name] for key, row in rows.items()}, plan.bases)
+        ],
     }
-    words = ["quality-matching", slug(source.name), part, options.plan, f"ipc{options.ipc}", options.tag, device.type]
+    kind = [options.plan] if options.plan != plan.family else []
+    words = [f"quality-{plan.family}", slug(source.name), part, *kind, f"ipc{options.ipc}", options.tag, device.type]
     path = options.results / f"{'-'.join(word for word in words if word)}.json"
     write_result(path, content, seed=0, started=started, device=device)
     print(f"written to {path}")
@@ -136,6 +144,8 @@ def scored(
                 store=store,
                 device=source.device,
             )
+        if isinstance(method, Drawing):  # and so would the first to ask for models
+            dd.synthesize(Diffusion(ipc=1, models=method.models), source, device=source.device, store=store)
         begin = time.perf_counter()
         made = dd.synthesize(method, source, seed=seed, device=source.device, out=out, store=store)
         if not clock.exists():  # of a run that was interrupted, it is the time of its last part
@@ -166,7 +176,7 @@ def ends_of_loss(log: Path) -> tuple[float, float] | None:
     return (statistics.mean(values[:tenth]), statistics.mean(values[-tenth:])) if values else None
 
 
-def lines(protocol: str, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
+def lines(protocol: str, rows: Mapping[str, Row], bases: Mapping[str, str]) -> list[dict[str, Any]]:
     """Rows of the record: scores over seeds, and differences paired by seed."""
     return [
         {
@@ -177,14 +187,14 @@ def lines(protocol: str, rows: Mapping[str, Row]) -> list[dict[str, Any]]:
             "loss": row.loss,
             "accuracy": Score(row.accuracy).to_json(),
             "gain_over_random": None if name == RANDOM else _difference(row, rows[RANDOM]),
-            "gain_over_base": _difference(row, rows[base]) if (base := _base(name)) in rows else None,
+            "gain_over_base": _difference(row, rows[base]) if (base := _base(name, bases)) in rows else None,
         }
         for name, row in rows.items()
     ]
 
 
-def _base(name: str) -> str:
-    return name.removeprefix("FYI+") if name.startswith("FYI+") else ""
+def _base(name: str, bases: Mapping[str, str]) -> str:
+    return name.removeprefix("FYI+") if name.startswith("FYI+") else bases.get(name, "")
 
 
 def _difference(row: Row, other: Row) -> dict[str, Any]:

@@ -1,28 +1,34 @@
 """Which methods with which settings `matching` compares, and how they are scored."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from dsdistill.augmentations import flip_first
 from dsdistill.engine import Synthesizer
 from dsdistill.evaluation import EvaluationProtocol, get_protocol
 from dsdistill.experts import Experts, FlatTraining, PlainTraining, SmoothTraining
+from dsdistill.generative import Fusion, Models
 from dsdistill.matching import TrajectoryMatching
 from dsdistill.methods import (
     AST,
+    D4M,
     DATM,
     DC,
     DM,
     DSA,
+    EVLF,
     FTD,
     FYI,
     IDC,
+    MGD3,
     MTT,
     NCFM,
     DataDAM,
+    Diffusion,
     Herding,
     KCenter,
     KMeans,
+    Minimax,
     RandomReal,
 )
 from dsdistill.networks import NetworkSpec
@@ -33,9 +39,16 @@ from dsdistill.training import TrainingRecipe
 
 @dataclass(frozen=True)
 class Plan:
-    """``methods(ipc)`` are the rows by name; ``network`` and ``epochs`` replace the protocol's where they are given."""
+    """``methods(ipc)`` are the rows by name; ``network`` and ``epochs`` replace the protocol's where they are given.
+
+    Beside rows that FYI wraps, those of ``bases`` are compared with the row that they name. ``family`` is part of the
+    name of the result, and ``default`` the protocol.
+    """
 
     methods: Callable[[int], Mapping[str, Synthesizer]]
+    family: str = "matching"
+    default: str = "dsa"
+    bases: Mapping[str, str] = field(default_factory=dict)
     seeds: int = 3
     networks: int = 2
     epochs: int | None = None
@@ -185,7 +198,43 @@ def _fewer(method: TrajectoryMatching) -> Synthesizer:
     return replace(method, experts=replace(method.experts, count=20))
 
 
+FUSED, REPLACED = "residual", "authors' fusion"
+
+
+def _drawn(models: Models, iterations: int, fusion: Fusion, ipc: int) -> dict[str, Synthesizer]:
+    """Methods that draw, without fusion, with it, and with the authors' module, which has no residual."""
+    fusions = {"": None, f", {FUSED}": fusion, f", {REPLACED}": replace(fusion, residual=False)}
+    made: dict[str, Synthesizer] = {"RandomReal": RandomReal(ipc=ipc), "Diffusion": Diffusion(ipc=ipc, models=models)}
+    for ending, one in fusions.items():
+        made[f"MGD3{ending}" if one is None else f"EVLF{ending}"] = EVLF(ipc=ipc, models=models, fusion=one)
+        made[f"D4M{ending}"] = D4M(ipc=ipc, models=models, fusion=one)
+        made[f"Minimax{ending}"] = Minimax(ipc=ipc, models=models, fusion=one, iterations=iterations, decay=0.995)
+    made["MGD3"] = MGD3(ipc=ipc, models=models)  # which an EVLF without fusion is, to the last bit
+    return made
+
+
+_FUSIONS = {
+    f"{name}, {fusion}": "MGD3" if name == "EVLF" else name
+    for name in ("EVLF", "D4M", "Minimax")
+    for fusion in (FUSED, REPLACED)
+}
+
+
+def _drawn_digits(ipc: int) -> dict[str, Synthesizer]:
+    return _drawn(Models(samples=500_000), 600, Fusion(), ipc)
+
+
 PLANS = {
+    "drawn": Plan(
+        _drawn_digits,
+        family="drawn",
+        default="minimax",
+        bases=_FUSIONS,
+        seeds=4,
+        networks=3,
+        epochs=300,
+        network=NetworkSpec(width=32, depth=2),
+    ),
     "digits": Plan(_digits, seeds=4, networks=3, epochs=150, network=NetworkSpec(width=32, depth=2)),
     "short": Plan(_short, seeds=3, networks=1, epochs=100, network=NetworkSpec(width=64)),
     "published": Plan(_published, seeds=1, networks=5),
