@@ -18,7 +18,8 @@ from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, Shared, State, Synthesizer
 from dsdistill.errors import BadData
 from dsdistill.generative.denoiser import Denoiser
-from dsdistill.generative.fusion import Fusion, Trained, Watch, train_fusion
+from dsdistill.generative.fusing import Trained, Watch, train_fusion
+from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import LatentModel, Models, latents_of, model_of
 from dsdistill.generative.sampling import Pull, Sampler, Start, drawn, noise_numbers
 from dsdistill.labels import HardLabels

@@ -10,15 +10,8 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from dsdistill.core.config import from_dict, to_dict
 from dsdistill.core.rng import Rng
 from dsdistill.errors import BadData, Diverged, InvalidSetting, MissingWeights, ShapeMismatch
-from dsdistill.generative.fusion import (
-    Fusion,
-    FusionModule,
-    Projector,
-    Trained,
-    closeness_weight,
-    multi_positive_nce,
-    train_fusion,
-)
+from dsdistill.generative.fusing import Projector, Trained, closeness_weight, multi_positive_nce, train_fusion
+from dsdistill.generative.fusion import Fusion, FusionModule
 
 GRIDS = [(4, 8, 8), (16, 8, 8), (4, 32, 32)]
 SHAPE = (4, 4, 4)
@@ -499,7 +492,7 @@ def test_frozen_text_comes_from_the_prompts(monkeypatch):
         generator = torch.Generator().manual_seed(0)
         return TextStates(torch.randn(3, 9, 20, generator=generator), torch.tensor([2, 3, 4]))
 
-    monkeypatch.setattr("dsdistill.generative.fusion.clip_states", states)
+    monkeypatch.setattr("dsdistill.generative.fusing.clip_states", states)
     settings = few(3, text="a/clip", template="a photo of {}", revision="01", download=True)
     trained = train(settings)
     prompts = ("a photo of red", "a photo of green", "a photo of blue")
