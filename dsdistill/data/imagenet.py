@@ -20,6 +20,8 @@ import importlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +114,22 @@ NAMES: dict[str, str] = dict(pair for pairs in SUBSETS.values() for pair in pair
 """Names of the classes of all subsets by WordNet id."""
 
 logger = logging.getLogger("dsdistill")
+
+
+@cache
+def wnids() -> tuple[str, ...]:
+    """WordNet ids of the 1000 classes of ImageNet, in the order of their labels, which is that of the ids."""
+    return tuple(files("dsdistill.data").joinpath("imagenet_wnids.txt").read_text(encoding="ascii").split())
+
+
+def worded(classes: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes, with those of ImageNet in the place of WordNet ids; what is no such id stays."""
+    places = {wnid: place for place, wnid in enumerate(wnids())}
+    if not any(name in places for name in classes):
+        return tuple(classes)
+    table: Any = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    return tuple(NAMES.get(name) or (table[places[name]] if name in places else name) for name in classes)
+
 
 _TINY = ("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet")
 _WHOLE = ("imagenet", "ImageNet", "ILSVRC2012", "imagenet-1k", "ILSVRC/Data/CLS-LOC", ".")

@@ -5,6 +5,8 @@ diffusers and transformers are imported by this package alone, and only where so
 
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import Models
+from dsdistill.generative.pretrained import Weights
+from dsdistill.generative.redraw import Redraw
 from dsdistill.generative.sampling import Sampler
 
-__all__ = ["Fusion", "Models", "Sampler"]
+__all__ = ["Fusion", "Models", "Redraw", "Sampler", "Weights"]

@@ -9,6 +9,7 @@ v = √ᾱ_t ε − √(1 − ᾱ_t) z, from x_t, t and a class; the others foll
 The transformer is that of Peebles & Xie, DiT (arXiv 2212.09748).
 """
 
+from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +78,11 @@ class Schedule:
         return kept.view(-1, 1, 1, 1)
 
 
+def lowered(device: torch.device) -> torch.autocast:
+    """Networks in bfloat16 on CUDA, as they are elsewhere."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 class Said(NamedTuple):
     """What a denoiser says: x̂0 and ε̂ (B, c, g, g), and of a learned variance v in [0, 1], None where it is fixed."""
 
@@ -86,33 +92,25 @@ class Said(NamedTuple):
 
 
 class Denoiser(nn.Module):
-    """A network of diffusers with its noise levels.
+    """A network of diffusers with its noise levels; classes are numbered as those of the images.
 
     Args:
-        network: a `DiTTransformer2DModel`, that knows classes by number.
+        network: takes latents and times.
         schedule: its noise levels.
-        null: the label for no class.
     """
 
-    def __init__(self, network: Any, schedule: Schedule, *, null: int) -> None:
+    def __init__(self, network: Any, schedule: Schedule) -> None:
         super().__init__()
-        self.network, self.schedule, self.null = network, schedule, null
+        self.network, self.schedule = network, schedule
 
     @property
     def channels(self) -> int:
         """c."""
         return int(self.network.config.in_channels)
 
-    @property
-    def classes(self) -> int:
-        """Classes that the network knows."""
-        return int(self.network.config.num_embeds_ada_norm)
-
+    @abstractmethod
     def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:
         """The raw output at times (B,) for classes (B,); where ``drop`` (B,) says so, for none."""
-        own = classes if drop is None else torch.where(drop, self.null, classes)
-        result: Tensor = self.network(noisy, timestep=times, class_labels=own).sample
-        return result
 
     @torch.no_grad()
     def said(self, noisy: Tensor, time: int, classes: Tensor, guidance: float, guided: int | None = None) -> Said:
@@ -126,18 +124,69 @@ class Denoiser(nn.Module):
         times = torch.full((len(noisy),), time, device=noisy.device)
         channels = noisy.shape[1]
         if guidance == 1:
-            raw = self(noisy, times, classes)
+            with lowered(noisy.device):
+                raw = self(noisy, times, classes).to(noisy.dtype)
         else:
             drop = torch.arange(2 * len(noisy), device=noisy.device) >= len(noisy)
-            both = self(noisy.repeat(2, 1, 1, 1), times.repeat(2), classes.repeat(2), drop)
+            with lowered(noisy.device):
+                both = self(noisy.repeat(2, 1, 1, 1), times.repeat(2), classes.repeat(2), drop).to(noisy.dtype)
             told, plain = both.chunk(2)
             raw = told.clone()
             some = slice(0, channels if guided is None else guided)
             raw[:, some] = plain[:, some] + guidance * (told[:, some] - plain[:, some])
-        raw = raw.to(noisy.dtype)
         variance = (raw[:, channels:] + 1) / 2 if raw.shape[1] == 2 * channels else None
         clean, noise = self.schedule.clean(raw[:, :channels], noisy, times)
         return Said(clean, noise, variance)
+
+
+class ByClass(Denoiser):
+    """A `DiTTransformer2DModel`, that knows classes by numbers of its own.
+
+    Args:
+        network: of diffusers.
+        schedule: its noise levels.
+        null: its number for no class.
+        ids: its number of each class of the images, (K,) int64; None where they are the same.
+    """
+
+    ids: Tensor | None
+
+    def __init__(self, network: Any, schedule: Schedule, *, null: int, ids: Tensor | None = None) -> None:
+        super().__init__(network, schedule)
+        self.null = null
+        self.register_buffer("ids", ids, persistent=False)
+
+    def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:
+        own = classes if self.ids is None else self.ids[classes]
+        own = own if drop is None else torch.where(drop, self.null, own)
+        result: Tensor = self.network(noisy, timestep=times, class_labels=own).sample
+        return result
+
+
+class ByText(Denoiser):
+    """A `UNet2DConditionModel`, that is told classes by the token states of their prompts.
+
+    Args:
+        network: of diffusers.
+        schedule: its noise levels.
+        states: of each class, (K, T, D).
+        negative: (T, D), of the prompt for no class.
+    """
+
+    states: Tensor
+    negative: Tensor
+
+    def __init__(self, network: Any, schedule: Schedule, states: Tensor, negative: Tensor) -> None:
+        super().__init__(network, schedule)
+        self.register_buffer("states", states, persistent=False)
+        self.register_buffer("negative", negative, persistent=False)
+
+    def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:
+        states = self.states[classes]
+        if drop is not None:
+            states = torch.where(drop[:, None, None], self.negative, states)
+        result: Tensor = self.network(noisy, times, encoder_hidden_states=states).sample
+        return result
 
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "num_train_timesteps": 1000}
@@ -146,7 +195,7 @@ COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction
 
 def small_transformer(
     latent: tuple[int, int, int], classes: int, layers: int, heads: int, width: int, rng: Rng
-) -> Denoiser:
+) -> ByClass:
     """A DiT with random weights that predicts v; with adaLN-zero, so that it begins as 0.
 
     The library drops labels in each block on its own, of which guidance learns nothing: here that is off, and whoever
@@ -183,7 +232,7 @@ def small_transformer(
             nn.init.zeros_(zeroed.weight)
             nn.init.zeros_(zeroed.bias)
     without_dropped_labels(network)
-    return Denoiser(network, Schedule(COSINE), null=classes)
+    return ByClass(network, Schedule(COSINE), null=classes)
 
 
 def without_dropped_labels(network: nn.Module) -> None:

@@ -28,7 +28,7 @@ from dsdistill.engine import Run
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts.progress import Progress
 from dsdistill.generative.autoencoder import KL
-from dsdistill.generative.denoiser import Denoiser
+from dsdistill.generative.denoiser import Denoiser, lowered
 
 logger = logging.getLogger("dsdistill")
 _REHEARSED = 3  # steps that are timed, after a first one
@@ -148,7 +148,7 @@ def grow_autoencoder(
         if run.source.mirror_safe and number % 2:
             squares = squares.flip(3)
         optimizer.zero_grad()
-        with _autocast(run.device):
+        with lowered(run.device):
             posterior = model.posterior(squares)
             spread = torch.randn(posterior.mean.shape, generator=generator, device=run.device)
             made = model.decode(posterior.mean + posterior.std * spread)
@@ -236,7 +236,7 @@ def denoising_loss(
     drop = torch.rand(batch, generator=generator, device=device) < 0.1
     clean = latents[sides, rows]
     noise = torch.randn(clean.shape, generator=generator, device=device)
-    with _autocast(device):
+    with lowered(device):
         found = denoiser(schedule.noisy(clean, noise, times), times, classes[rows], drop)
     return mse_loss(found.float()[:, : clean.shape[1]], schedule.target(clean, noise, times))
 
@@ -246,7 +246,3 @@ def follow(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average ← decay average + (1 − decay) model."""
     kept, new = ([parameter.detach() for parameter in one.parameters()] for one in (average, model))
     torch._foreach_lerp_(kept, new, 1 - decay)
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")

@@ -17,11 +17,14 @@ from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, Shared, State, Synthesizer
 from dsdistill.errors import BadData
+from dsdistill.experts import Committee
 from dsdistill.generative.denoiser import Denoiser
 from dsdistill.generative.fusing import Trained, Watch, train_fusion
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import LatentModel, Models, latents_of, model_of
+from dsdistill.generative.redraw import Redraw
 from dsdistill.generative.sampling import Pull, Sampler, Start, drawn, noise_numbers
+from dsdistill.generative.text import clip_place
 from dsdistill.labels import HardLabels
 from dsdistill.matching import refuse_whitened
 from dsdistill.parameterizations import Pixels
@@ -41,11 +44,13 @@ class Drawing(Synthesizer):
     ipc: Annotated[int, Ge(1)] = 10
     """Images per class."""
     models: Models = Models()
-    """Autoencoder and denoiser, trained on the real images."""
+    """Autoencoder and denoiser, loaded or trained on the real images."""
     sampler: Sampler = Sampler()
     """How latents are drawn."""
     fusion: Fusion | None = None
     """EVLF before anything is made of latents: they are fused with the names of their classes; null: they are not."""
+    redraw: Redraw | None = None
+    """Images that teachers do not recognise are drawn again, and the set says so; null: each is drawn once."""
     classes_together: Annotated[int, Ge(1)] = 10
     """Classes of one job, which is kept when it is done."""
 
@@ -54,13 +59,18 @@ class Drawing(Synthesizer):
         return 0  # images are drawn at once
 
     def check(self, source: ImageSource) -> None:
-        """Refuse whitened images, and classes smaller than what is asked of them.
+        """Refuse whitened images, classes smaller than what is asked of them, and what is not where it is said to be.
 
         Raises:
-            BadData, InvalidSetting: naming the place and the mend.
+            BadArtifact, BadData, InvalidSetting, MissingWeights: naming the place and the mend.
         """
         super().check(source)
         refuse_whitened(type(self).__name__, source)
+        if self.redraw is not None:
+            self.redraw.check(type(self).__name__, source)
+        self.models.check(source)
+        if self.fusion is not None and self.fusion.text is not None:
+            clip_place(self.fusion.text, revision=self.fusion.revision, download=self.fusion.download)
         need = self.needed()
         small = [f"{name!r} ({n})" for name, n in zip(source.classes, source.counts, strict=True) if n < need]
         if small:
@@ -74,6 +84,8 @@ class Drawing(Synthesizer):
         return 1
 
     def prepare(self, run: Run) -> None:
+        if self.redraw is not None:
+            Committee.of(run, self.redraw.teachers)  # refuses those of other images before any model is trained
         self.denoiser(run)
         if self.fusion is not None:
             self.fused(run)
@@ -86,16 +98,22 @@ class Drawing(Synthesizer):
     def start(self, run: Run, job: Job) -> State:
         classes = torch.tensor(job.classes).repeat_interleave(self.ipc)
         places = torch.arange(self.ipc).repeat(len(job.classes))
-        made = []
-        for some, which in zip(torch.split(classes, run.chunk), torch.split(places, run.chunk), strict=True):
-            run.shared.give_way()
-            made.append(self.images(run, some, which))
-        return State(Pixels(torch.cat(made)), HardLabels(classes, run.source.num_classes))
 
-    def images(self, run: Run, classes: Tensor, places: Tensor) -> Tensor:
-        """Standardised images (B, C, H, W): the ``places``-th (B,) of classes (B,), both on the CPU."""
+        def draw(rows: Tensor, turn: int) -> Tensor:
+            made = []
+            for some in torch.split(rows, run.chunk):
+                run.shared.give_way()
+                made.append(self.images(run, classes[some], places[some], turn))
+            return torch.cat(made)
+
+        every = torch.arange(len(classes))
+        made = draw(every, 0) if self.redraw is None else self.redraw.chosen(run, classes, draw)
+        return State(Pixels(made), HardLabels(classes, run.source.num_classes))
+
+    def images(self, run: Run, classes: Tensor, places: Tensor, turn: int = 0) -> Tensor:
+        """Standardised images (B, C, H, W): the ``places``-th (B,) of classes (B,), both on the CPU, in a try."""
         model = self.model(run)
-        noise = self.noise(run, model, classes, places)
+        noise = self.noise(run, model, classes, places, turn)
         latents = drawn(
             self.denoiser(run),
             classes.to(run.device),
@@ -114,10 +132,10 @@ class Drawing(Synthesizer):
         """Or the latents that these images begin from."""
         return None
 
-    def noise(self, run: Run, model: LatentModel, classes: Tensor, places: Tensor) -> Tensor:
-        """(n, B, c, g, g): of each image from a stream of its own, whatever passes with it."""
+    def noise(self, run: Run, model: LatentModel, classes: Tensor, places: Tensor, turn: int = 0) -> Tensor:
+        """(n, B, c, g, g): of each image and try from a stream of its own, whatever passes with it."""
         shape = (noise_numbers(self.sampler), *model.autoencoder.latent)
-        rng = run.rng.scoped("").within("draw")
+        rng = run.rng.scoped("").within("draw", turn)
         own = [
             torch.randn(shape, generator=rng.within("class", label).at("image", place, device="cpu"))
             for label, place in zip(classes.tolist(), places.tolist(), strict=True)
@@ -212,6 +230,8 @@ class Drawing(Synthesizer):
         """The set, which says what drew it."""
         made = super().finish(run, state)
         told = self.model(run).told
+        if self.redraw is not None:
+            told = (*told, *self.redraw.told(run, *made.tensors()))
         return replace(made, recipe=replace(made.recipe, notes=(*made.recipe.notes, *told)))
 
 

@@ -1,4 +1,4 @@
-"""The models that a run draws with: an autoencoder and a denoiser, trained on its images alone.
+"""The models that a run draws with: an autoencoder and a denoiser, loaded, or trained on its images alone.
 
 ::
 
@@ -21,13 +21,14 @@ from dsdistill.core.config import settings_digest, to_dict, validate
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run, Shared
-from dsdistill.errors import BadArtifact, Stopped
+from dsdistill.errors import BadArtifact, InvalidSetting, Stopped
 from dsdistill.experts.progress import forget
 from dsdistill.experts.shelf import reserved_folder
 from dsdistill.generative.autoencoder import MOST_COMPONENTS, Autoencoder, PatchPCA, halvings, small_kl
 from dsdistill.generative.denoiser import Denoiser, small_transformer, tokens_of
 from dsdistill.generative.frames import Frame
 from dsdistill.generative.growing import SIZES, grow_autoencoder, grow_denoiser
+from dsdistill.generative.pretrained import Weights, check_weights, load_weights
 from dsdistill.networks import parameter_digest
 from dsdistill.recipe import library_versions
 
@@ -40,12 +41,14 @@ _FITTED = 20_000  # images that a closed-form autoencoder is fitted on, at most
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
-    """Which autoencoder and denoiser a method draws with; they are trained on the real images.
+    """Which autoencoder and denoiser a method draws with: pretrained ones, or small ones, trained on the real images.
 
     Raises:
         InvalidSetting: a field has the wrong type or is out of range.
     """
 
+    weights: Weights | None = None
+    """Pretrained models; null: they are trained on the real images."""
     size: Literal["nano", "small", "base"] = "nano"
     """nano suits a CPU and small images, small and base want a GPU."""
     samples: Annotated[int, Ge(1)] | None = None
@@ -53,10 +56,23 @@ class Models:
     max_seconds: Annotated[float, Gt(0)] | None = None
     """The denoiser's training ends after so long; what it then saw stands in the set's notes."""
     seed: int = 0
-    """Of their training, whatever the seed of the run is: runs with other seeds share them."""
+    """Of their training, and of a fusion's, whatever the seed of the run is: runs with other seeds share them."""
 
     def __post_init__(self) -> None:
         validate(self)
+        given = [name for name in ("size", "samples", "max_seconds") if getattr(self, name) != getattr(Models, name)]
+        if self.weights is not None and given:
+            told = "left out: pretrained models are not trained"
+            raise InvalidSetting(f"Models.{given[0]}", getattr(self, given[0]), told)
+
+    def check(self, source: ImageSource) -> None:
+        """Look for pretrained models before anything is made.
+
+        Raises:
+            MissingWeights: they are not there. BadData: they do not know a class of the images.
+        """
+        if self.weights is not None:
+            check_weights(self.weights, source)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +107,17 @@ class LatentModel:
 
 
 def model_of(run: Run, models: Models) -> LatentModel:
-    """The models of a run: found or trained at the first call.
+    """The models of a run: loaded, found or trained at the first call.
 
     Raises:
         BadArtifact: trained ones are damaged.
+        MissingWeights, MissingExtra: pretrained ones cannot be had.
         BadData, InvalidSetting: they do not fit the images.
         Stopped: the run was asked to stop; the training so far is kept.
     """
     made = _made.setdefault(run.shared, {})
     if models not in made:
-        made[models] = _trained(run, models)
+        made[models] = _trained(run, models) if models.weights is None else _loaded(run, models.weights)
     return made[models]
 
 
@@ -114,8 +131,12 @@ def latents_of(run: Run, models: Models) -> Tensor:
         model = model_of(run, models)
         place = None
         if run.store is not None and run.shared.rehearsal is None:
-            told = {"images": run.source.fingerprint, "normalization": run.source.normalization.identity()}
-            digest = settings_digest({**told, "autoencoder": model.digest, "mirror_safe": run.source.mirror_safe})
+            told: dict[str, Any] = {
+                "images": run.source.fingerprint,
+                "normalization": run.source.normalization.identity(),
+            }
+            told |= {"autoencoder": model.digest, "side": model.frame.side, "mirror_safe": run.source.mirror_safe}
+            digest = settings_digest(told)
             place = run.store / "latents" / digest
         known[models] = _kept_latents(run, model, place)
     return known[models]
@@ -145,6 +166,13 @@ def _kept_latents(run: Run, model: LatentModel, place: Path | None) -> Tensor:
     return made
 
 
+def _loaded(run: Run, weights: Weights) -> LatentModel:
+    found = load_weights(weights, run.source)
+    frame = Frame(run.source.shape, run.source.normalization, found.side, found.autoencoder.channels, resize=True)
+    logger.info("%s", found.told)
+    return _fixed(run, LatentModel(frame, found.autoencoder, found.denoiser, (found.told,)))
+
+
 def _trained(run: Run, models: Models) -> LatentModel:
     identity = _identity(run.source, models)
     digest = settings_digest(identity)
@@ -170,11 +198,15 @@ def _identity(source: ImageSource, models: Models) -> dict[str, Any]:
     return {
         "version": STORED_AS,
         "models": to_dict(models),
-        "images": {
-            "fingerprint": source.fingerprint,
-            "normalization": source.normalization.identity(),
-            "mirror_safe": source.mirror_safe,
-        },
+        "images": _images(source),
+    }
+
+
+def _images(source: ImageSource) -> dict[str, Any]:
+    return {
+        "fingerprint": source.fingerprint,
+        "normalization": source.normalization.identity(),
+        "mirror_safe": source.mirror_safe,
     }
 
 

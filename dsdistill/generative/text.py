@@ -11,9 +11,7 @@ position 76; here it is the first. `clip_states` gives these states where a pret
 stands in for it where there is none.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-from dsdistill.core.rng import isolated_global_rng, seed_global
-from dsdistill.errors import InvalidSetting, MissingExtra, MissingWeights
+from dsdistill.core.rng import isolated_global_rng
+from dsdistill.data.imagenet import worded
+from dsdistill.errors import InvalidSetting, MissingExtra
+from dsdistill.generative.weights import Place, first_line, loaded, located, quiet
 
 BEGIN, END = 256, 257
 """Tokens of `ByteText` beside the 256 bytes."""
@@ -31,6 +31,7 @@ HEADS = 4
 """Of the attention of `ByteText`; its width is a multiple of it."""
 _CLIP = "a CLIP text encoder"
 _LEAST_WORDS = 512  # every vocabulary of CLIP has each byte twice: inside a word and at its end
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _OTHER_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 
 
@@ -52,14 +53,14 @@ class TextStates(NamedTuple):
 
 
 def prompts_of(classes: Sequence[str], template: str = "{}") -> tuple[str, ...]:
-    """The prompt of each class: its name in the place of ``{}``.
+    """The prompt of each class: its name in the place of ``{}``, and for a WordNet id of ImageNet what that means.
 
     Raises:
         InvalidSetting: the template has no such place, or several.
     """
     if template.count("{}") != 1:
         raise InvalidSetting("template", template, "it needs exactly one {}, where the name of the class goes")
-    return tuple(template.replace("{}", name) for name in classes)
+    return tuple(template.replace("{}", name) for name in worded(classes))
 
 
 class ByteText(nn.Module):
@@ -192,106 +193,64 @@ def clip_states(
     """
     if not prompts:
         raise InvalidSetting("prompts", prompts, "at least one")
-    resolved = torch.device(device)
-    with _quiet(), isolated_global_rng(torch.device("cpu")):  # libraries draw weights before they read them
-        seed_global(0, torch.device("cpu"))
-        model, tokenizer = _load(where, revision, download)
-    length = int(model.config.max_position_embeddings)
-    tokens, ends = _clip_tokens(tokenizer, list(prompts), length, lambda why: _missing(where, revision, download, why))
-    model.to(resolved).eval().requires_grad_(False)
-    with torch.no_grad():
-        parts = [model(input_ids=part).last_hidden_state for part in torch.split(tokens.to(resolved), 64)]
-    states = torch.cat(parts).float()
-    if not bool(states.isfinite().all()):
-        raise _missing(where, revision, download, "its weights give states that are not finite")
-    return TextStates(states, ends.to(resolved))
+    place = clip_place(where, revision=revision, download=download)
+    parts = ("text_encoder", "tokenizer") if (place.folder / "text_encoder").is_dir() else ("", "")
+    return states_of(place, prompts, torch.device(device), *parts)
 
 
-def _load(where: str | Path, revision: str | None, download: bool) -> tuple[Any, Any]:
-    """Model and tokenizer of the first layout that is there. Errors as in `clip_states`."""
+def clip_place(where: str | Path, *, revision: str | None = None, download: bool = False) -> Place:
+    """The folder of a CLIP text encoder; arguments and errors as of `clip_states`."""
+    files = [f"{folder}{name}" for folder in ("", "text_encoder/", "tokenizer/") for name in _FILES]
+    expected = (
+        "config.json, model.safetensors and tokenizer.json (or vocab.json and merges.txt), in one folder or in "
+        "text_encoder/ and tokenizer/"
+    )
+    instead = "with text=None letters are learned instead"
+    return located(_CLIP, where, files, expected=expected, instead=instead, revision=revision, download=download)
+
+
+def states_of(place: Place, prompts: Sequence[str], device: torch.device, model: str, tokenizer: str) -> TextStates:
+    """States of prompts by the encoder in a folder of a place, with the tokenizer in another.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        MissingWeights: files are missing, incomplete, of another make, or hold numbers that are not finite.
+    """
     try:
         library = import_module("transformers")
     except ImportError as error:
         raise MissingExtra("transformers", "text", _CLIP) from error
-    folder = Path(where).expanduser()
-    local = folder.is_dir()
-    layouts = [("", ""), ("text_encoder", "tokenizer")]
-    if local:
-        layouts = [layouts[(folder / "text_encoder").is_dir()]]
-    common: dict[str, Any] = {"local_files_only": local or not download}
-    if not local:
-        common["revision"] = revision
-    problems = []
-    for of_model, of_tokenizer in layouts:
-        name = str(folder) if local else str(where)
+    network = loaded(place, library.CLIPTextModel.from_pretrained, model, "dtype", _OTHER_PARTS)
+    length = int(network.config.max_position_embeddings)
+    with quiet():
         try:
-            model, told = library.CLIPTextModel.from_pretrained(
-                name,
-                subfolder=of_model,
-                use_safetensors=True,
-                output_loading_info=True,
-                dtype=torch.float32,
-                **common,
+            reader = library.CLIPTokenizer.from_pretrained(
+                str(place.folder / tokenizer), model_max_length=length, local_files_only=True
             )
-            positions = model.config.max_position_embeddings
-            tokenizer = library.CLIPTokenizer.from_pretrained(
-                name, subfolder=of_tokenizer, model_max_length=positions, **common
-            )
-        except Exception as error:  # absent, offline, truncated, of another shape: each has an error of its own
-            problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            continue
-        wrong = _not_whole(told)
-        if wrong:
-            raise _missing(where, revision, download, wrong)
-        return model, tokenizer
-    raise _missing(where, revision, download, problems[0])
+        except Exception as error:  # absent, truncated: each has an error of its own
+            raise place.missing(f"{tokenizer or 'its tokenizer'}: {first_line(error)}") from error
+        tokens, ends = _clip_tokens(reader, list(prompts), length, place)
+    network.to(device)
+    with torch.no_grad():
+        parts = [network(input_ids=part).last_hidden_state for part in torch.split(tokens.to(device), 64)]
+    states = torch.cat(parts).float()
+    if not bool(states.isfinite().all()):
+        raise place.missing("its weights give states that are not finite")
+    return TextStates(states, ends.to(device))
 
 
-def _not_whole(told: dict[str, Any]) -> str:
-    """What is wrong with loaded weights, of which the library only warns; nothing if they are whole."""
-    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        keys = sorted(map(str, told.get(kind, ())))
-        if kind == "unexpected_keys":  # the other half of CLIP, and a table that older versions saved
-            keys = [key for key in keys if not key.startswith(_OTHER_PARTS) and not key.endswith("position_ids")]
-        if keys:
-            return f"{len(keys)} {kind.replace('_', ' ')}, {keys[0]} first"
-    return ""
-
-
-def _clip_tokens(tokenizer: Any, prompts: list[str], length: int, missing: Any) -> tuple[Tensor, Tensor]:
-    """Tokens (K, length) and their first ends (K,); ``missing`` makes an error of a reason.
+def _clip_tokens(tokenizer: Any, prompts: list[str], length: int, place: Place) -> tuple[Tensor, Tensor]:
+    """Tokens (K, length) and their first ends (K,).
 
     Without its files the tokenizer comes up with a vocabulary of its two special tokens, in which all words are the
     same, and says nothing: for an id that is not in the cache too.
     """
     if len(tokenizer) < _LEAST_WORDS:
-        raise missing(f"the tokenizer knows {len(tokenizer)} tokens: its files are not there")
+        raise place.missing(f"the tokenizer knows {len(tokenizer)} tokens: its files are not there")
     told = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     tokens = told["input_ids"]
     is_end = tokens == tokenizer.eos_token_id
     ends = is_end.int().argmax(1)
     if not bool((ends == told["attention_mask"].sum(1) - 1).all()):  # unknown words become the end token as well
-        raise missing("the tokenizer does not know some of the letters, or a prompt contains its end token")
+        raise place.missing("the tokenizer does not know some of the letters, or a prompt contains its end token")
     return tokens, ends
-
-
-def _missing(where: str | Path, revision: str | None, download: bool, problem: str) -> MissingWeights:
-    tried = f"{str(where)!r}{f' at {revision}' if revision else ''}"
-    expected = (
-        f"{problem}; expected are config.json, model.safetensors and tokenizer.json (or vocab.json and merges.txt), "
-        "in one folder or in text_encoder/ and tokenizer/"
-    )
-    allowed = "" if download else "nothing was downloaded: that needs download=True; "
-    return MissingWeights(_CLIP, tried, expected, f"{allowed}with text=None letters are learned instead")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No tables of the library about weights: what matters of them is raised."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)

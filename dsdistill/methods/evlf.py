@@ -26,11 +26,14 @@ false). The end-of-text state is the first, theirs the last, which is padding. M
 that are not mirrored, where theirs mirror at random.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dsdistill.engine import Preset
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.guided import Guided
+from dsdistill.generative.sampling import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,16 @@ class EVLF(Guided):
     paper: ClassVar[str] = (
         "EVLF: Early Vision-Language Fusion for Generative Dataset Distillation, CVPR 2026, arXiv 2603.07476"
     )
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "dit": Preset(
+            "authors' code, DiT-XL/2 at 256 pixels, ten classes of ImageNet",
+            {
+                "sampler": Sampler(kind="ddpm", steps=50, guidance=4.0),
+                "fusion": Fusion(residual=False, steps=1600),
+            },
+        ),
+    }
 
     fusion: Fusion | None = Fusion()
     """How latents are fused with the names of their classes."""

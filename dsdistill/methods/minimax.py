@@ -14,9 +14,11 @@ Trained are the biases and the class tables, the part of the paper's "DiffFit" t
 λ_r = 0.002, λ_d = 0.008, memories of 64, AdamW at 1e-3, mini-batches of 8 and about 12,000 steps are the paper's, for
 ten classes.
 
-Departures: no scales are added to layers (DiffFit's γ). The learned variance of a DiT is not trained on. Latents are
-means of the autoencoder's posterior. Many classes are the paper's maintainers' phases of about 20, each from the
-original weights: here `classes_at_once`.
+L_denoising is the mean squared error of the noise, and for a DiT with learned variances the bound of
+`dsdistill.generative.bound` beside it.
+
+Departures: no scales are added to layers (DiffFit's γ). Latents are means of the autoencoder's posterior. Many
+classes are the paper's maintainers' phases of about 20, each from the original weights: here `classes_at_once`.
 """
 
 import copy
@@ -34,6 +36,7 @@ from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Preset, Run, Shared
 from dsdistill.experts.progress import Progress, forget
+from dsdistill.generative.bound import variance_bound
 from dsdistill.generative.denoiser import Denoiser
 from dsdistill.generative.growing import Budget, follow, repeated
 from dsdistill.generative.method import Drawing
@@ -76,14 +79,14 @@ class Minimax(Drawing):
     def denoiser(self, run: Run) -> Denoiser:
         return self._phase(run, run.classes[0] // self.classes_at_once)
 
-    def images(self, run: Run, classes: Tensor, places: Tensor) -> Tensor:
+    def images(self, run: Run, classes: Tensor, places: Tensor, turn: int = 0) -> Tensor:
         """As `Drawing.images`, phase by phase."""
         phases = classes // self.classes_at_once
         made = torch.empty((len(classes), *run.source.shape), device=run.device)
         for phase in sorted(set(phases.tolist())):
             own = phases == phase
             scoped = replace(run, classes=(phase * self.classes_at_once,))
-            made[own.to(run.device)] = super().images(scoped, classes[own], places[own])
+            made[own.to(run.device)] = super().images(scoped, classes[own], places[own], turn)
         return made
 
     def prepare(self, run: Run) -> None:
@@ -145,12 +148,15 @@ class Minimax(Drawing):
         clean, own = latents[rows], classes[rows]
         noise = torch.randn(clean.shape, generator=generator, device=device)
         noisy = schedule.noisy(clean, noise, times)
-        found = model(noisy, times, own, drop).float()[:, : clean.shape[1]]
+        raw = model(noisy, times, own, drop).float()
+        found = raw[:, : clean.shape[1]]
         predicted = schedule.clean(found, noisy, times)[0].flatten(1)
         weight = schedule.at(times, clean).flatten() if self.weighted else torch.ones(size, device=device)
         real, drawn = memories.terms(predicted, own, weight)
         memories.add(clean.flatten(1), predicted.detach(), own)
         loss: Tensor = mse_loss(found, schedule.target(clean, noise, times))
+        if raw.shape[1] > found.shape[1]:
+            loss = loss + variance_bound(schedule, raw, clean, noisy, times)
         return loss + self.representative * real + self.diverse * drawn
 
 

@@ -1,5 +1,6 @@
 """Samplers against diffusers' schedulers and closed forms, guidance, pulls and starts."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,8 @@ from torch import nn
 
 from dsdistill.core.rng import Rng
 from dsdistill.errors import InvalidSetting
-from dsdistill.generative.denoiser import COSINE, Denoiser, Schedule, small_transformer
+from dsdistill.generative.bound import variance_bound
+from dsdistill.generative.denoiser import COSINE, ByClass, Schedule, small_transformer
 from dsdistill.generative.sampling import Pull, Sampler, Start, drawn, noise_numbers
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"}
@@ -32,7 +34,7 @@ class Exact(nn.Module):
 
 def exact(config=LINEAR, learned=None):
     schedule = Schedule(config)
-    return Denoiser(Exact(schedule, learned), schedule, null=2)
+    return ByClass(Exact(schedule, learned), schedule, null=2)
 
 
 def noise_of(sampler, count=2, dtype=torch.float64, side=4):
@@ -205,7 +207,7 @@ def test_a_new_transformer_says_zero_and_knows_its_classes():
     denoiser = small_transformer((4, 8, 8), 3, 2, 2, 16, Rng(0))
     noisy, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
     assert float(denoiser(noisy, times, torch.tensor([0, 2])).detach().abs().max()) == 0
-    assert denoiser.classes == 3
+    assert denoiser.null == 3
     same = small_transformer((4, 8, 8), 3, 2, 2, 16, Rng(0)).state_dict()
     assert all(torch.equal(tensor, same[name]) for name, tensor in denoiser.state_dict().items())
 
@@ -221,3 +223,59 @@ def test_labels_are_dropped_from_outside_alone():
     every = denoiser(noisy, times, classes, torch.ones(4, dtype=torch.bool))
     torch.testing.assert_close(every, denoiser(noisy, times, torch.full((4,), 3)))
     assert not torch.allclose(every, plain)
+
+
+EPSILON = Schedule({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"})
+
+
+def said_of(seed=0):
+    """Latents, noisy ones at a few levels, and a raw output whose noise is right and whose variances are random."""
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.tensor([0, 1, 40, 999])
+    latents = torch.rand(4, 2, 3, 3, generator=generator, dtype=torch.float64) * 2 - 1
+    noise = torch.randn(latents.shape, generator=generator, dtype=torch.float64)
+    shares = torch.rand(latents.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    return latents, EPSILON.noisy(latents, noise, times), torch.cat([noise, shares], 1), times
+
+
+def test_the_bound_of_a_variance_is_that_of_distributions():
+    latents, noisy, raw, times = said_of()
+    raw[:, :2] += 0.1
+    kept = EPSILON.kept
+    expected = []
+    for row, time in enumerate(times.tolist()):
+        before = kept[time - 1] if time else torch.ones((), dtype=torch.float64)
+        beta = 1 - kept[time] / before
+        least = beta * (1 - before) / (1 - kept[time])
+        first = (1 - kept[1] / kept[0]) * (1 - kept[0]) / (1 - kept[1])
+        lowest = least if time else first
+        share = (raw[row, 2:] + 1) / 2
+        deviation = (0.5 * (share * beta.log() + (1 - share) * lowest.log())).exp()
+        clean = (noisy[row] - (1 - kept[time]).sqrt() * raw[row, :2]) / kept[time].sqrt()
+        means = [
+            before.sqrt() * beta / (1 - kept[time]) * one
+            + (kept[time] / before).sqrt() * (1 - before) / (1 - kept[time]) * noisy[row]
+            for one in (clean, latents[row])
+        ]
+        found = torch.distributions.Normal(means[0], deviation)
+        if time:
+            true = torch.distributions.Normal(means[1], lowest.sqrt())
+            expected.append(torch.distributions.kl_divergence(true, found).mean() / math.log(2))
+        else:
+            bins = found.cdf(latents[row] + 1 / 255) - found.cdf(latents[row] - 1 / 255)
+            expected.append(-bins.clamp_min(1e-12).log2().mean())
+    together = variance_bound(EPSILON, raw, latents, noisy, times)
+    torch.testing.assert_close(together, torch.stack(expected).mean())
+
+
+def test_the_bound_is_zero_for_the_true_variance_and_moves_no_mean():
+    latents, noisy, raw, times = said_of()
+    raw[:, 2:] = -1  # the least variance, which is that of x_{t-1} given both ends
+    part = slice(1, None)
+    value = variance_bound(EPSILON, raw[part], latents[part], noisy[part], times[part])
+    assert float(value) == pytest.approx(0, abs=1e-9)
+    raw[:, 2:] = 0.3
+    raw.requires_grad_()
+    variance_bound(EPSILON, raw, latents, noisy, times).backward()
+    assert not raw.grad[:, :2].any()
+    assert raw.grad[:, 2:].all()

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 import torch
+from generative import pipelines
 
+from dsdistill.data.imagenet import wnids
 from dsdistill.errors import InvalidSetting, MissingExtra, MissingWeights
 from dsdistill.generative.text import BEGIN, END, ByteText, byte_tokens, clip_states, prompts_of
 
@@ -20,6 +22,12 @@ def letters(prompts, seed=0, **options):
 def test_prompts_put_the_name_into_the_template():
     assert prompts_of(["a", "{}"], "a photo of {}, {0}") == ("a photo of a, {0}", "a photo of {}, {0}")
     assert prompts_of(["a"]) == ("a",)
+
+
+def test_ids_of_imagenet_are_put_into_words():
+    assert prompts_of(["n01440764", "cat", "n02134084"], "a {}") == ("a tench", "a cat", "a ice bear")
+    assert len(wnids()) == len(set(wnids())) == 1000
+    assert list(wnids()) == sorted(wnids())
 
 
 @pytest.mark.parametrize("template", ["", "photo", "{} or {}", "{0}"])
@@ -123,27 +131,10 @@ def test_every_weight_learns():
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     """Folder of a random text encoder and the smallest tokenizer of CLIP: all bytes, no merges."""
-    transformers = pytest.importorskip("transformers")
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    signs = list(bytes_to_unicode().values())
-    words = [*signs, *(sign + "</w>" for sign in signs), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-    )
+    pytest.importorskip("transformers")
+    model, tokenizer = pipelines.clip()
     folder = tmp_path_factory.mktemp("clip")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.CLIPTextModel(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -220,10 +211,9 @@ def refused(where, reason, prompts=("a",), **options):
     return caught.value
 
 
-def test_a_folder_that_is_not_there(clip, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    error = refused(tmp_path / "nothing", "nothing")
-    assert "download=True" in error.allowed
+def test_a_folder_that_is_not_there(tmp_path):
+    error = refused(tmp_path / "nothing", "no such folder")
+    assert "download=True" not in error.allowed  # nothing that could be fetched is called so
     assert "text=None" in error.allowed
 
 
@@ -237,6 +227,7 @@ def test_an_id_that_is_not_in_the_cache_is_not_asked_for(clip, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     error = refused("nobody/no-such-encoder", "at 0123abc", revision="0123abc")
     assert "AssertionError" not in str(error)
+    assert "download=True" in error.allowed
 
 
 def test_no_weights(copy):
