@@ -213,7 +213,7 @@ def grow_denoiser(
     denoiser.eval().requires_grad_(False)
     seen = budget.done * batch
     if run.shared.rehearsal is None:
-        few = f"; below {FEW:,} images show little more than the colours of their class" if seen < FEW else ""
+        few = f"; below {FEW:,} images may show little more than the colours of their class" if seen < FEW else ""
         logger.log(
             logging.WARNING if few else logging.INFO,
             "the denoiser saw %s latents (loss %.3f)%s",
