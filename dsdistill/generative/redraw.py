@@ -77,12 +77,12 @@ class Redraw:
             rehearsal.seconds += jobs * (self.tries - 2) * (time.perf_counter() - begin)
             return images
         for turn in range(1, self.tries):
-            left = (sure < self.confidence).nonzero().flatten()
+            left = (~(sure >= self.confidence)).nonzero().flatten()  # as the notes count, also what is no number
             if not len(left):
                 break
             again = draw(left, turn)
             found = self.probabilities(run, again, classes[left])
-            better = found > sure[left]
+            better = (found > sure[left]) | sure[left].isnan()
             images[left[better].to(images.device)] = again[better.to(images.device)]
             sure[left[better]] = found[better]
         return images
