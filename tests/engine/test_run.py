@@ -357,7 +357,8 @@ def test_killed_runs_end_in_the_same_bytes(forks, uninterrupted, tmp_path):
     assert not list((tmp_path / "out").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+# Ctrl-C is tried on whole commands in tests/faults/test_processes.py.
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_and_saves(signum, forks, uninterrupted, tmp_path):
     said_before = len(forks.errors.read_text())
     process = forks.start(tmp_path / "out", 0.02)

@@ -46,7 +46,7 @@ def train_and_die(store: Path, last: int) -> None:
     train(store)
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [15, *(pytest.param(every, marks=pytest.mark.slow) for every in (5, 1))])
 def test_experts_killed_before_anything_they_do_to_the_disk_are_the_same_in_the_end(every, tmp_path):
     command = [sys.executable, __file__, str(tmp_path), str(every)]
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
