@@ -189,6 +189,7 @@ def train_fusion(
     rng: Rng,
     device: torch.device | str,
     *,
+    texts: TextStates | None = None,
     watch: Watch | None = None,
 ) -> Trained:
     """Train a fusion on the latents of real images.
@@ -203,6 +204,7 @@ def train_fusion(
         settings: of the fusion.
         rng: named streams for everything that is drawn.
         device: where it is trained.
+        texts: states of all classes, if they are at hand; else they are made as the settings say.
         watch: sees every step; see `Watch`.
 
     Raises:
@@ -214,7 +216,7 @@ def train_fusion(
     if not len(labels) or int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise BadData(f"a fusion learns from at least one image, of the {len(classes)} classes that have names")
     with isolated_global_rng(place):  # modules and dropout know no generator
-        learner = _Learner(classes, grid_shape, settings, rng, place)
+        learner = _Learner(classes, grid_shape, settings, rng, place, texts)
         history = []
         for step, rows in enumerate(_batches(len(labels), settings, rng)):
             latents = fetch(rows, rng.at("fetch", step))
@@ -224,8 +226,8 @@ def train_fusion(
             history.append(torch.stack([metrics[name] for name in _LOSSES]))
             if watch is not None:
                 watch(step, metrics)
-        texts = learner.all_texts()
-    return Trained(learner.fusion, texts, _summary(torch.stack(history).double().cpu(), settings, rng))
+        states = learner.all_texts()
+    return Trained(learner.fusion, states, _summary(torch.stack(history).double().cpu(), settings, rng))
 
 
 def _batches(size: int, settings: Fusion, rng: Rng) -> Iterator[Tensor]:
@@ -261,6 +263,7 @@ class _Learner:
         settings: Fusion,
         rng: Rng,
         device: torch.device,
+        texts: TextStates | None,
     ) -> None:
         self.settings, self.rng, self.device = settings, rng, device
         prompts = prompts_of(classes, settings.template)
@@ -270,9 +273,8 @@ class _Learner:
             self.letters = ByteText(prompts, settings.text_width, generator=generator).to(device)
             text_dim = settings.text_width
         else:
-            self.frozen = clip_states(
-                settings.text, prompts, revision=settings.revision, download=settings.download, device=device
-            )
+            options = {"revision": settings.revision, "download": settings.download, "device": device}
+            self.frozen = clip_states(settings.text, prompts, **options) if texts is None else texts  # type: ignore[arg-type]
             text_dim = self.frozen.states.shape[2]
         seed_global(rng.integer("weights"), torch.device("cpu"))
         self.fusion = _module(grid_shape, text_dim, settings).to(device)

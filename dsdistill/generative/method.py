@@ -1,7 +1,6 @@
 """What methods that draw their images share: models, jobs, noise, and the fusion of text into latents."""
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
@@ -10,16 +9,14 @@ from weakref import WeakKeyDictionary
 import torch
 from annotated_types import Ge
 from torch import Tensor
-from tqdm import tqdm
 
-from dsdistill.core.config import settings_digest
-from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, Shared, State, Synthesizer
 from dsdistill.errors import BadData
 from dsdistill.experts import Committee
 from dsdistill.generative.denoiser import Denoiser
-from dsdistill.generative.fusing import Trained, Watch, train_fusion
+from dsdistill.generative.fused import fused_by
+from dsdistill.generative.fusing import Trained
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import LatentModel, Models, latents_of, model_of
 from dsdistill.generative.redraw import Redraw
@@ -32,7 +29,6 @@ from dsdistill.selection.k_means import k_means_centres
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")
-_REHEARSED = 3  # steps of a fusion that are timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,47 +153,7 @@ class Drawing(Synthesizer):
             MissingWeights, MissingExtra: of its text encoder. Stopped: the run was asked to stop.
         """
         assert self.fusion is not None
-        known = _fused.setdefault(run.shared, {})
-        key = (self.models, self.fusion)
-        if key not in known:
-            settings = self.fusion
-            kept = run.shared.get(f"fusion-{settings_digest(settings)}", lambda: self._learned(run, settings).state())
-            known[key] = Trained.restore(kept, self._grid(run), settings, run.device)
-        return known[key]
-
-    def _learned(self, run: Run, settings: Fusion) -> Trained:
-        latents, source, rehearsal = latents_of(run, self.models), run.source, run.shared.rehearsal
-        rng = Rng(self.models.seed, device=run.device).within("fusion")
-
-        def fetch(rows: Tensor, generator: torch.Generator) -> Tensor:
-            sides = torch.randint(len(latents), (len(rows),), generator=generator, device=latents.device)
-            return latents[sides, rows.to(latents.device)]
-
-        def train(steps: int, watch: Watch) -> Trained:
-            shortened = replace(settings, steps=steps)
-            names, grid = source.classes, self._grid(run)
-            return train_fusion(fetch, source.targets, names, grid, shortened, rng, run.device, watch=watch)
-
-        if rehearsal is not None and settings.steps > _REHEARSED:
-            begin = time.perf_counter()
-            made = train(_REHEARSED, lambda step, metrics: None)
-            rehearsal.seconds += (time.perf_counter() - begin) / _REHEARSED * (settings.steps - _REHEARSED)
-            return made
-        logger.info("training the fusion, %d steps", settings.steps)
-        with tqdm(total=settings.steps, desc="the fusion", unit="step", disable=None) as bar:
-
-            def watch(step: int, metrics: dict[str, Tensor]) -> None:
-                bar.update(1)
-                run.shared.give_way()
-
-            made = train(settings.steps, watch)
-        if rehearsal is None:
-            told = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, (first, last) in made.losses.items())
-            logger.info("the fusion has learned: %s", told)
-        return made
-
-    def _grid(self, run: Run) -> tuple[int, int, int]:
-        return self.model(run).autoencoder.latent
+        return fused_by(run, self.models, self.fusion)
 
     def latents(self, run: Run, label: int) -> Tensor:
         """Scaled latents (n, c, g, g) of the real images of a class, fused with its name where that is asked for."""
@@ -235,5 +191,4 @@ class Drawing(Synthesizer):
         return replace(made, recipe=replace(made.recipe, notes=(*made.recipe.notes, *told)))
 
 
-_fused: "WeakKeyDictionary[Shared, dict[tuple[Models, Fusion], Trained]]" = WeakKeyDictionary()
 _modes: "WeakKeyDictionary[Shared, dict[tuple[Models, Fusion | None, int, int, int], Tensor]]" = WeakKeyDictionary()

@@ -142,6 +142,12 @@ def latents_of(run: Run, models: Models) -> Tensor:
     return known[models]
 
 
+def identity_of_latents(run: Run, models: Models) -> dict[str, Any]:
+    """All that decides them."""
+    model = model_of(run, models)
+    return {**_images(run.source), "autoencoder": model.digest, "side": model.frame.side}
+
+
 def _kept_latents(run: Run, model: LatentModel, place: Path | None) -> Tensor:
     name = "latents.safetensors"
     if place is not None and (place / "latents.json").exists():

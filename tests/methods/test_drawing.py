@@ -1,5 +1,6 @@
 """Methods that draw: what an image depends on, modes, fusion, and models that are found again."""
 
+import copy
 import logging
 import math
 import os
@@ -14,7 +15,7 @@ from dsdistill import estimate, synthesize
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import BadData, Diverged, InvalidSetting, Stopped
-from dsdistill.generative import growing
+from dsdistill.generative import fused, fusing, growing
 from dsdistill.generative.denoiser import COSINE, Schedule
 from dsdistill.generative.models import Models, frame_of, latents_of, model_of, patch_of
 from dsdistill.generative.sampling import Sampler, furthest
@@ -102,6 +103,29 @@ def test_unfused_evlf_is_mgd3_and_a_fusion_that_learned_nothing_is_the_identity(
     still = replace(fused, fusion=replace(fused.fusion, lr=1e-30, lr_text=1e-30, weight_decay=0.0))
     torch.testing.assert_close(still.latents(run, 0), MGD3(**settings).latents(run, 0), rtol=0, atol=1e-6)
     assert not torch.equal(fused.latents(run, 0), MGD3(**settings).latents(run, 0))
+
+
+def test_a_fusion_is_shared_by_runs_on_the_same_images_and_names(source, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(fused, "train_fusion", lambda *a, **k: trained.append(1) or fusing.train_fusion(*a, **k))
+    method = CASES["EVLF"]
+    first = made(method, source, tmp_path)
+    assert len(trained) == 1
+    made(method, source, tmp_path, seed=1)
+    made(replace(method, ipc=1), source, tmp_path)
+    again = made(method, source, tmp_path)
+    assert len(trained) == 1
+    assert torch.equal(again[0], first[0])
+    made(replace(method, fusion=replace(method.fusion, steps=method.fusion.steps + 1)), source, tmp_path)
+    named = copy.copy(source)
+    named.classes = ("one", "two", "three")
+    made(method, named, tmp_path)
+    assert len(trained) == 3
+    for folder in (tmp_path / "fusion").iterdir():  # damaged ones are made again
+        for file in folder.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-8])
+    assert torch.equal(made(method, source, tmp_path)[0], first[0])
+    assert len(trained) == 4
 
 
 def test_what_a_ddim_step_may_be_pulled_by():
