@@ -59,4 +59,4 @@ def _log_likelihood(values: Tensor, mean: Tensor, log_deviation: Tensor) -> Tens
     inner = torch.special.ndtr(above) - torch.special.ndtr(below)
     inside = inner.clamp_min(1e-12).log()
     outer = torch.where(values < 0, torch.special.log_ndtr(above), torch.special.log_ndtr(-below))
-    return torch.where(values.abs() > 0.999, outer, inside)
+    return torch.where(values.abs() > 0.999, outer.clamp_min(math.log(1e-12)), inside)

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
+from dsdistill.errors import InvalidSetting
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class Schedule:
@@ -45,7 +48,13 @@ class Schedule:
         return len(self.kept)
 
     def respaced(self, steps: int) -> Tensor:
-        """(steps,) int64, descending: evenly from T - 1 to 0, as the code of DiT respaces them."""
+        """(steps,) int64, descending: evenly from T - 1 to 0, as the code of DiT respaces them.
+
+        Raises:
+            InvalidSetting: there are more steps than levels.
+        """
+        if steps > self.times:
+            raise InvalidSetting("sampler.steps", steps, f"at most {self.times}, the noise levels of the denoiser")
         return torch.linspace(0, self.times - 1, steps, dtype=torch.float64).round().long().flip(0)
 
     def noisy(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
@@ -132,7 +141,7 @@ class Denoiser(nn.Module):
                 both = self(noisy.repeat(2, 1, 1, 1), times.repeat(2), classes.repeat(2), drop).to(noisy.dtype)
             told, plain = both.chunk(2)
             raw = told.clone()
-            some = slice(0, channels if guided is None else guided)
+            some = slice(0, channels if guided is None else min(guided, channels))
             raw[:, some] = plain[:, some] + guidance * (told[:, some] - plain[:, some])
         variance = (raw[:, channels:] + 1) / 2 if raw.shape[1] == 2 * channels else None
         clean, noise = self.schedule.clean(raw[:, :channels], noisy, times)

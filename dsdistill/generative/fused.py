@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
+from dsdistill.experts.shelf import reserved_folder
 from dsdistill.generative.fusing import Trained, Watch, train_fusion
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import Models, identity_of_latents, latents_of, model_of
@@ -43,17 +45,29 @@ def fused_by(run: Run, models: Models, settings: Fusion) -> Trained:
             "version": STORED_AS,
             "latents": identity_of_latents(run, models),
             "classes": list(run.source.classes),
-            "fusion": to_dict(settings),
+            "fusion": to_dict(replace(settings, download=False)),
             "seed": models.seed,
-            "texts": None if texts is None else hashlib.sha256(texts.states.cpu().numpy().tobytes()).hexdigest(),
+            "texts": None if texts is None else digest_of(texts),
         }
-        shelf = run.shared
-        if run.store is not None and run.shared.rehearsal is None:
-            shelf = Shared(run.store / "fusion", run.shared.give_way)
-        kept = shelf.get(settings_digest(told), lambda: _trained(run, models, settings, texts).state())
+        digest = settings_digest(told)
+
+        def make() -> dict[str, Tensor]:
+            return _trained(run, models, settings, texts).state()
+
+        if run.store is None or run.shared.rehearsal is not None:
+            kept = run.shared.get(f"fusion-{digest}", make)
+        else:
+            folder = run.store / "fusion" / digest
+            with reserved_folder(folder, run.shared.give_way, "this fusion", storage.STORE):
+                kept = Shared(folder, run.shared.give_way).get("fusion", make)
         grid = model_of(run, models).autoencoder.latent
         known[models, settings] = Trained.restore(kept, grid, settings, run.device)
     return known[models, settings]
+
+
+def digest_of(texts: TextStates) -> str:
+    """sha256 of the states."""
+    return hashlib.sha256(texts.states.cpu().numpy().tobytes()).hexdigest()
 
 
 def _texts(run: Run, settings: Fusion) -> TextStates | None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from dsdistill.core.device import synchronize
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run
-from dsdistill.errors import InvalidSetting
+from dsdistill.errors import InvalidSetting, Stopped
 from dsdistill.experts.progress import Progress
 from dsdistill.generative.autoencoder import KL
 from dsdistill.generative.denoiser import Denoiser, lowered
@@ -56,7 +56,7 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {
-    "nano": Size(True, 4, 4, 32, 64, 1e-3, 20_000),
+    "nano": Size(True, 4, 4, 32, 64, 1e-3, 60_000),
     "small": Size(False, 8, 4, 64, 512, 3e-4, 30_720_000),
     "base": Size(False, 12, 6, 64, 512, 3e-4, 51_200_000),
 }
@@ -122,7 +122,7 @@ def repeated(run: Run, what: str, budget: Budget, kept: Progress, step: Callable
                     raise InvalidSetting("models", what, "diverged: take another seed, or another size")
                 kept.add(budget.done)
                 run.shared.give_way()
-        except BaseException:
+        except Stopped:  # raised between blocks; whatever else ends it may have left the weights in mid-block
             kept.write()
             raise
     return float(torch.stack(losses).mean()) if losses else math.nan

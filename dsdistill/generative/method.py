@@ -15,7 +15,7 @@ from dsdistill.engine import Job, Run, Shared, State, Synthesizer
 from dsdistill.errors import BadData
 from dsdistill.experts import Committee
 from dsdistill.generative.denoiser import Denoiser
-from dsdistill.generative.fused import fused_by
+from dsdistill.generative.fused import digest_of, fused_by
 from dsdistill.generative.fusing import Trained
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import LatentModel, Models, latents_of, model_of
@@ -82,9 +82,20 @@ class Drawing(Synthesizer):
     def prepare(self, run: Run) -> None:
         if self.redraw is not None:
             Committee.of(run, self.redraw.teachers)  # refuses those of other images before any model is trained
+        self._refuse_other_weights(run)
         self.denoiser(run)
         if self.fusion is not None:
             self.fused(run)
+
+    def _refuse_other_weights(self, run: Run) -> None:
+        """Refuse to continue with pretrained models other than those that a run began with, under the same path."""
+        if self.models.weights is None:
+            return
+        told = ", ".join(self.model(run).told)
+        kept = run.shared.get("pretrained models", lambda: {"told": torch.tensor(list(told.encode()))})
+        before = bytes(kept["told"].tolist()).decode()
+        if before != told:
+            raise BadData(f"this run began with other weights: {before}; now {told}; choose another output folder")
 
     def jobs(self, run: Run) -> Sequence[Job]:
         size = self.classes_together
@@ -97,7 +108,7 @@ class Drawing(Synthesizer):
 
         def draw(rows: Tensor, turn: int) -> Tensor:
             made = []
-            for some in torch.split(rows, run.chunk):
+            for some in torch.split(rows, self.model(run).chunk(run)):
                 run.shared.give_way()
                 made.append(self.images(run, classes[some], places[some], turn))
             return torch.cat(made)
@@ -129,11 +140,14 @@ class Drawing(Synthesizer):
         return None
 
     def noise(self, run: Run, model: LatentModel, classes: Tensor, places: Tensor, turn: int = 0) -> Tensor:
-        """(n, B, c, g, g): of each image and try from a stream of its own, whatever passes with it."""
+        """(n, B, c, g, g): of each image and try from a stream of its own, whatever passes with it.
+
+        It is known by the name of the class, so that it is the same whatever other classes there are.
+        """
         shape = (noise_numbers(self.sampler), *model.autoencoder.latent)
-        rng = run.rng.scoped("").within("draw", turn)
+        rng, names = run.rng.scoped("").within("draw", turn), run.source.classes
         own = [
-            torch.randn(shape, generator=rng.within("class", label).at("image", place, device="cpu"))
+            torch.randn(shape, generator=rng.within(f"class {names[label]}").at("image", place, device="cpu"))
             for label, place in zip(classes.tolist(), places.tolist(), strict=True)
         ]
         return torch.stack(own, 1).to(run.device)
@@ -155,17 +169,19 @@ class Drawing(Synthesizer):
         assert self.fusion is not None
         return fused_by(run, self.models, self.fusion)
 
-    def latents(self, run: Run, label: int) -> Tensor:
-        """Scaled latents (n, c, g, g) of the real images of a class, fused with its name where that is asked for."""
-        source = run.source
-        begin = source.offsets[label]
-        plain = latents_of(run, self.models)[0, begin : begin + source.counts[label]]
-        scale = self.model(run).autoencoder.scale
+    def latents(self, run: Run, label: int, *, mirrored: bool = False) -> Tensor:
+        """Scaled latents (n, c, g, g) of the real images of a class, fused with its name where that is asked for.
+
+        With ``mirrored`` those of mirrored images follow, where mirroring is safe.
+        """
+        source, model = run.source, self.model(run)
+        begin, every = source.offsets[label], latents_of(run, self.models)
+        plain = every[: None if mirrored else 1, begin : begin + source.counts[label]].flatten(0, 1)
         if self.fusion is None:
-            return plain * scale
+            return plain * model.autoencoder.scale
         trained, own = self.fused(run), torch.full((len(plain),), label, device=run.device)
-        parts = zip(torch.split(plain, run.chunk), torch.split(own, run.chunk), strict=True)
-        return torch.cat([trained.fuse(*part) for part in parts]) * scale
+        parts = zip(*(torch.split(one, model.chunk(run)) for one in (plain, own)), strict=True)
+        return torch.cat([trained.fuse(*part) for part in parts]) * model.autoencoder.scale
 
     def modes(self, run: Run, label: int) -> Tensor:
         """Centres (ipc, c, g, g) of k-means clusters of the scaled latents of a class, the largest cluster first."""
@@ -173,7 +189,7 @@ class Drawing(Synthesizer):
         key = (self.models, self.fusion, self.ipc, label, run.rng.seed)
         if key not in known:
             latents = self.latents(run, label)
-            generator = run.rng.scoped("").within("modes").at("class", label, device="cpu")
+            generator = run.rng.scoped("").within("modes").at(f"class {run.source.classes[label]}", device="cpu")
             known[key] = k_means_centres(latents.flatten(1), self.ipc, generator).view(-1, *latents.shape[1:])
         return known[key]
 
@@ -186,6 +202,9 @@ class Drawing(Synthesizer):
         """The set, which says what drew it."""
         made = super().finish(run, state)
         told = self.model(run).told
+        if self.fusion is not None and self.fusion.text is not None:
+            states = digest_of(self.fused(run).texts)[:12]
+            told = (*told, f"fused with names by the text encoder {self.fusion.text!r} (states sha256 {states})")
         if self.redraw is not None:
             told = (*told, *self.redraw.told(run, *made.tensors()))
         return replace(made, recipe=replace(made.recipe, notes=(*made.recipe.notes, *told)))

@@ -7,6 +7,7 @@
 """
 
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict, validate
+from dsdistill.core.device import default_chunk, synchronize
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run, Shared
@@ -52,9 +54,9 @@ class Models:
     size: Literal["nano", "small", "base"] = "nano"
     """nano suits a CPU and small images, small and base want a GPU."""
     samples: Annotated[int, Ge(1)] | None = None
-    """Latents that the denoiser sees while it is trained; null: 20,000 (nano), 30.7 million (small), 51.2 (base)."""
+    """Latents that the denoiser sees while it is trained; null: 60,000 (nano), 30.7 million (small), 51.2 (base)."""
     max_seconds: Annotated[float, Gt(0)] | None = None
-    """The denoiser's training ends after so long; what it then saw stands in the set's notes."""
+    """The denoiser's training ends after so long, counted anew where it was interrupted; notes say what it saw."""
     seed: int = 0
     """Of their training, and of a fusion's, whatever the seed of the run is: runs with other seeds share them."""
 
@@ -100,6 +102,10 @@ class LatentModel:
         """Standardised images (B, C, H, W) of scaled latents, their pixels within [0, 1]."""
         return self.frame.restored(self.autoencoder.decode(latents / self.autoencoder.scale))
 
+    def chunk(self, run: Run) -> int:
+        """How many images pass the models at a time: fewer than the run's where they are drawn larger."""
+        return min(run.chunk, default_chunk((self.frame.channels, self.frame.side, self.frame.side), run.device))
+
     @property
     def digest(self) -> str:
         """sha256 of the autoencoder, which latents depend on."""
@@ -129,15 +135,7 @@ def latents_of(run: Run, models: Models) -> Tensor:
     known = _latents.setdefault(run.shared, {})
     if models not in known:
         model = model_of(run, models)
-        place = None
-        if run.store is not None and run.shared.rehearsal is None:
-            told: dict[str, Any] = {
-                "images": run.source.fingerprint,
-                "normalization": run.source.normalization.identity(),
-            }
-            told |= {"autoencoder": model.digest, "side": model.frame.side, "mirror_safe": run.source.mirror_safe}
-            digest = settings_digest(told)
-            place = run.store / "latents" / digest
+        place = None if run.store is None else run.store / "latents" / settings_digest(identity_of_latents(run, models))
         known[models] = _kept_latents(run, model, place)
     return known[models]
 
@@ -157,18 +155,35 @@ def _kept_latents(run: Run, model: LatentModel, place: Path | None) -> Tensor:
             return found.to(run.device)
         except BadArtifact as error:
             logger.warning("the latents are made again: %s", error)
-    parts: list[Tensor] = []
-    for mirrored in (False, True) if run.source.mirror_safe else (False,):
-        for rows in torch.split(torch.arange(len(run.source), device=run.device), run.chunk):
-            run.shared.give_way()
-            images = run.source.gather(rows)
-            parts.append(model.encoded(images.flip(3) if mirrored else images))
-    made = torch.cat(parts)
-    made = made.view(-1, len(run.source), *made.shape[1:])
-    if place is not None:
+    made = _encoded(run, model)
+    if place is not None and run.shared.rehearsal is None:
         storage.ensure_writable(place, "a store")
         files = {name: storage.encode_tensors({"latents": made.cpu()})}
         storage.write_folder(place, files, "latents.json", {"source": run.source.name})
+    return made
+
+
+def _encoded(run: Run, model: LatentModel) -> Tensor:
+    """Latents of all images, see `latents_of`; in a rehearsal those of the first ones stand for all."""
+    rehearsal, source = run.shared.rehearsal, run.source
+    sides = (False, True) if source.mirror_safe else (False,)
+    every = torch.split(torch.arange(len(source), device=run.device), model.chunk(run))
+    made: Tensor | None = None
+    for side, mirrored in enumerate(sides):
+        for rows in every:
+            run.shared.give_way()
+            images = source.gather(rows)
+            begin = time.perf_counter()
+            found = model.encoded(images.flip(3) if mirrored else images)
+            if rehearsal is not None:
+                synchronize(run.device)
+                rehearsal.seconds += (time.perf_counter() - begin) * (len(sides) * len(every) - 1)
+                again = torch.arange(len(source), device=run.device) % len(found)
+                return found[again].expand(len(sides), -1, -1, -1, -1).clone()
+            if made is None:
+                made = found.new_empty((len(sides), len(source), *found.shape[1:]))
+            made[side, rows] = found
+    assert made is not None
     return made
 
 
@@ -270,11 +285,7 @@ def _grown(run: Run, models: Models, folder: Path | None) -> LatentModel:
         grow_autoencoder(run, model, fetch, len(source), size.passes, rng, place)
         autoencoder = model
     blank = LatentModel(frame, autoencoder, _blank_denoiser(run, models, autoencoder), ())
-    sides = (False, True) if source.mirror_safe else (False,)
-    every = torch.split(torch.arange(len(source), device=run.device), run.chunk)
-    latents = torch.stack(
-        [torch.cat([blank.encoded(_turned(source.gather(part), mirrored)) for part in every]) for mirrored in sides]
-    )
+    latents = _encoded(run, blank)
     seen = grow_denoiser(
         run,
         blank.denoiser,
@@ -290,10 +301,6 @@ def _grown(run: Run, models: Models, folder: Path | None) -> LatentModel:
         run.shared.rehearsal.stored += sum(tensor.nbytes for tensor in _both(blank).state_dict().values())
     told = (f"drawn by models of size {models.size} trained on these images alone, the denoiser on {seen:,} latents",)
     return _fixed(run, replace(blank, told=told))
-
-
-def _turned(images: Tensor, mirrored: bool) -> Tensor:
-    return images.flip(3) if mirrored else images
 
 
 def _blank_denoiser(run: Run, models: Models, autoencoder: Autoencoder) -> Denoiser:

@@ -24,7 +24,7 @@ from dsdistill.data import ImageSource
 from dsdistill.data.imagenet import wnids, worded
 from dsdistill.errors import BadData, InvalidSetting
 from dsdistill.generative.autoencoder import KL
-from dsdistill.generative.denoiser import ByClass, ByText, Denoiser, Schedule, without_dropped_labels
+from dsdistill.generative.denoiser import PREDICTIONS, ByClass, ByText, Denoiser, Schedule, without_dropped_labels
 from dsdistill.generative.published import SCHEDULE, is_checkpoint, read_checkpoint
 from dsdistill.generative.text import prompts_of, states_of
 from dsdistill.generative.weights import Place, loaded, located
@@ -45,6 +45,8 @@ _PIPELINE_FILES = (
     "model_index.json, scheduler/scheduler_config.json, and config.json and diffusion_pytorch_model.safetensors in "
     "vae/ and in transformer/ or unet/ (there also text_encoder/ and tokenizer/)"
 )
+_TWINS = {"crane": "crane bird", "maillot": "maillot tank suit"}
+"""Names that ImageNet has twice, and what torchvision's list calls the second of each."""
 _INSTEAD = "without weights small models are trained on the images themselves"
 
 
@@ -175,6 +177,9 @@ def class_ids(weights: Weights, classes: Sequence[str], known: int, index: Mappi
     for number, words in named.items():
         for word in {words, *words.split(",")}:
             table.setdefault(_plain(word), set()).add(number)
+    for word, twin in _TWINS.items():
+        if twin in table and word in table:
+            table[word] |= table[twin]
     found = [table.get(name) or table.get(_plain(name)) or set() for name in classes]
     wrong = [
         f"{name!r}{' (several)' if ids else ''}" for name, ids in zip(classes, found, strict=True) if len(ids) != 1
@@ -260,6 +265,8 @@ def _schedule(place: Place) -> Schedule:
     # Flow matching has no betas, and no signal at all at its first level is nothing that samplers here divide by.
     if "beta_start" not in config or config.get("rescale_betas_zero_snr"):
         raise place.missing(f"its noise levels ({config.get('_class_name')}) are not those of a diffusion by betas")
+    if config.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise place.missing(f"it predicts {config['prediction_type']!r}, which is none of {', '.join(PREDICTIONS)}")
     return Schedule(config)
 
 

@@ -36,7 +36,7 @@ class Sampler:
 
     kind: Literal["ddpm", "ddim", "dpm"] = "ddim"
     """DDPM draws noise at every step; DDIM none after the first; DPM-Solver++ (second order) needs fewer steps."""
-    steps: Annotated[int, Ge(1)] = 50
+    steps: Annotated[int, Ge(2)] = 50
     """Of the denoiser, spaced evenly over its noise levels."""
     guidance: Annotated[float, Ge(0)] = 2.0
     """w of classifier-free guidance; 1 for none. Pretrained DiTs take 4."""
@@ -111,7 +111,8 @@ def furthest(schedule: Schedule, sampler: Sampler, until: int) -> float:
     """The most that a DDIM step which is pulled by λ = 1 moves a latent towards a mode, in units of the way there."""
     times = schedule.respaced(sampler.steps)
     kept = torch.cat([schedule.kept[times], torch.ones(1, dtype=torch.float64)])
-    moved = (1 - kept[:-1]) * (kept[1:] / kept[:-1]).sqrt()
+    now, then = kept[:-1], kept[1:]
+    moved = (1 - now).sqrt() * ((then * (1 - now) / now).sqrt() - (1 - then).sqrt())
     pulled = torch.arange(sampler.steps - 1, -1, -1) > until
     return float(moved[pulled].max()) if bool(pulled.any()) else 0.0
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dsdistill.core.rng import isolated_global_rng, seed_global
-from dsdistill.errors import MissingWeights
+from dsdistill.errors import InvalidSetting, MissingWeights
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _QUIET = ("diffusers", "transformers", "huggingface_hub")
@@ -72,9 +72,12 @@ def located(
 
     Raises:
         MissingWeights: there is no such folder or id, or it is not in the cache and must not be fetched.
+        InvalidSetting: a folder with a revision.
     """
     folder = Path(where).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise InvalidSetting("revision", revision, f"left out: {str(where)!r} is a folder, which has none")
         return Place(what, str(where), folder, None, expected, instead)
     tried = f"{str(where)!r}{f' at {revision}' if revision else ''}"
     if not _ID.fullmatch(str(where)):

@@ -11,8 +11,10 @@ Stable Diffusion 1.5 at 512 pixels and the names of classes as prompts.
 Labels: networks learn what a teacher says of crops ("training-time matching"), as protocol "sre2l" has it; under other
 protocols hard labels.
 
-Departures: the code clusters with mini-batches of exactly as many latents as there are clusters, and fits left-over
-ones for the last class alone; here k-means sees all latents. Latents are means, theirs are samples.
+Departures: the code denoises with the scheduler that comes with Stable Diffusion and the negative prompt "cartoon,
+anime, painting" (here DDIM, and ``models.weights.negative``); its prompts are all synonyms of a class. It clusters with
+mini-batches of exactly as many latents as there are clusters, and fits left-over ones for the last class alone; here
+k-means sees all latents. Latents are means, theirs are samples.
 """
 
 from collections.abc import Mapping

@@ -21,9 +21,10 @@ With the residual the fusion changes latents little: the projector learns most o
 back to μ. On digits the fused latents differ from plain ones by 3 % of their deviation, so images are nearly those of
 `MGD3`. ``fusion.residual`` false changes them as the authors' module does, which also loses what it cannot rebuild.
 
-Departures: the module begins as the identity, and adds to μ what it finds; the authors' replaces μ (``fusion.residual``
-false). The end-of-text state is the first, theirs the last, which is padding. Modes are clusters of latents of images
-that are not mirrored, where theirs mirror at random.
+Departures: prompts are one name of a class, theirs all synonyms ("tench, Tinca tinca"). The module begins as the
+identity, and adds to μ what it finds; the authors' replaces μ (``fusion.residual`` false). The end-of-text state is the
+first, theirs the last, which is padding. Modes are clusters of latents of images that are not mirrored, where theirs
+mirror at random.
 """
 
 from collections.abc import Mapping
@@ -46,9 +47,9 @@ class EVLF(Guided):
 
     presets: ClassVar[Mapping[str, Preset]] = {
         "dit": Preset(
-            "authors' code, DiT-XL/2 at 256 pixels, ten classes of ImageNet",
+            "authors' code, DiT-XL/2 at 256 pixels, ten classes; fusion.text: CLIP of Stable Diffusion 1.5",
             {
-                "sampler": Sampler(kind="ddpm", steps=50, guidance=4.0),
+                "sampler": Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3),
                 "fusion": Fusion(residual=False, steps=1600),
             },
         ),

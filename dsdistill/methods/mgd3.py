@@ -9,8 +9,8 @@ and the rest of the way makes each a likely image::
 
 with x̂0 of the guided prediction. λ = 0.1 is the paper's, with 50 steps and the pull left out of the last 26.
 
-A DDIM step moves the latent by λ (1 − ᾱ) √(ᾱ' / ᾱ) (m_k − x̂0), which is beyond m_k where the first noise level has
-nearly no signal, as in cosine schedules: there DDIM is refused.
+A DDIM step so moves the latent by λ √(1 − ᾱ) (√(ᾱ' (1 − ᾱ) / ᾱ) − √(1 − ᾱ')) (m_k − x̂0), which is far beyond m_k
+where the first noise level has nearly no signal, as in cosine schedules: there DDIM is refused.
 
 Departures: the paper's equation 6 adds the term to ε̂, which would push away from the mode; its algorithm 1 and code
 subtract it, as here. Clusters are of latents of images that are not mirrored. The largest cluster comes first.
@@ -35,6 +35,6 @@ class MGD3(Guided):
     )
     presets: ClassVar[Mapping[str, Preset]] = {
         "dit": Preset(
-            "authors' code, DiT-XL/2 at 256 pixels", {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0)}
+            "authors' code, DiT-XL/2 at 256 pixels", {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3)}
         ),
     }

@@ -17,13 +17,16 @@ ten classes.
 L_denoising is the mean squared error of the noise, and for a DiT with learned variances the bound of
 `dsdistill.generative.bound` beside it.
 
-Departures: no scales are added to layers (DiffFit's γ). Latents are means of the autoencoder's posterior. Many
-classes are the paper's maintainers' phases of about 20, each from the original weights: here `classes_at_once`.
+Departures: no scales are added to layers (DiffFit's γ). Latents are means of the autoencoder's posterior. The library's
+transformer has class table and time embedding in every block, each of which is trained, where the authors' has one.
+Many classes are the paper's maintainers' phases of about 20, each from the original weights: here `classes_at_once`.
+With Stable Diffusion the class is left out by its negative prompt.
 """
 
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -37,10 +40,12 @@ from dsdistill.core.rng import Rng
 from dsdistill.engine import Preset, Run, Shared
 from dsdistill.experts.progress import Progress, forget
 from dsdistill.generative.bound import variance_bound
-from dsdistill.generative.denoiser import Denoiser
+from dsdistill.generative.denoiser import Denoiser, lowered
 from dsdistill.generative.growing import Budget, follow, repeated
 from dsdistill.generative.method import Drawing
+from dsdistill.generative.models import identity_of_latents
 from dsdistill.generative.sampling import Sampler
+from dsdistill.networks import parameter_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ class Minimax(Drawing):
     presets: ClassVar[Mapping[str, Preset]] = {
         "dit": Preset(
             "authors' code, DiT-XL/2 at 256 pixels, ten classes",
-            {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0)},
+            {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3)},
         ),
     }
 
@@ -95,28 +100,41 @@ class Minimax(Drawing):
             self._phase(run, phase)
 
     def _phase(self, run: Run, phase: int) -> Denoiser:
-        """The denoiser that is fine-tuned for the classes of a phase."""
-        known = _tuned.setdefault(run.shared, {})
-        if (self, phase) not in known:
-            tuned = copy.deepcopy(self.model(run).denoiser)
-            kept = run.shared.get(f"minimax-{phase}", lambda: self._tuned(run, phase, tuned))
-            names = dict(tuned.named_parameters())
-            with torch.no_grad():
-                for name, tensor in kept.items():
-                    names[name].copy_(tensor)
-            known[self, phase] = tuned.eval().requires_grad_(False)
-        return known[self, phase]
+        """The denoiser that is fine-tuned for the classes of a phase; one network serves all of them in turn."""
+        state = _tuned.setdefault(run.shared, {}).setdefault(self, _Tuned(copy.deepcopy(self.model(run).denoiser)))
+        if state.phase != phase:
+            digest = self._identity(run, phase)
+            kept = run.shared.get(f"minimax-{digest}", lambda: self._learned(run, phase, state.network))
+            forget_progress(run, digest)
+            restored(state.network, kept)
+            state.network.eval().requires_grad_(False)
+            state.phase = phase
+        return state.network
 
-    def _tuned(self, run: Run, phase: int, model: Denoiser) -> dict[str, Tensor]:
-        """The moving average of what is trained, by name."""
+    def _identity(self, run: Run, phase: int) -> str:
+        """Of all that decides what a phase learns."""
+        model = self.model(run)
+        told: dict[str, Any] = {"method": to_dict(self), "phase": phase, "seed": run.rng.seed}
+        told |= {"latents": identity_of_latents(run, self.models), "denoiser": parameter_digest(model.denoiser)}
+        if self.fusion is not None:
+            told["fusion"] = parameter_digest(self.fused(run).fusion)
+        return settings_digest(told)
+
+    def _learned(self, run: Run, phase: int, model: Denoiser) -> dict[str, Tensor]:
+        """The moving average of what is trained, by name, from the weights as they were."""
         first = phase * self.classes_at_once
         some = range(first, min(first + self.classes_at_once, run.source.num_classes))
-        latents = torch.cat([self.latents(run, label) for label in some])
-        classes = torch.cat([torch.full((run.source.counts[label],), label, device=run.device) for label in some])
-        average = copy.deepcopy(model)
+        parts = [self.latents(run, label, mirrored=True) for label in some]
+        latents, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
+        classes = torch.arange(first, some.stop).repeat_interleave(sizes).to(run.device)
+        restored(model, tunable(self.model(run).denoiser))
         trained = tunable(model)
-        optimizer = torch.optim.AdamW(trained.values(), lr=self.lr, weight_decay=0.0)
-        memories = Memories(run.source.num_classes, self.memory, latents[0].numel(), run.device)
+        for parameter in trained.values():
+            parameter.requires_grad_()
+        weights = nn.ParameterList(trained.values())
+        average = copy.deepcopy(weights).requires_grad_(False)
+        optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
+        memories = Memories(some, self.memory, latents[0].numel(), run.device)
         rng = Rng(run.rng.seed, device=run.device).within("minimax", phase)
 
         def step(number: int) -> Tensor:
@@ -124,19 +142,14 @@ class Minimax(Drawing):
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            follow(average, model, self.decay)
+            follow(average, weights, self.decay)
             return loss.detach()
 
-        folder = None
-        if run.store is not None and run.shared.rehearsal is None:
-            told: dict[str, Any] = {"method": to_dict(self), "images": run.source.fingerprint, "phase": phase}
-            folder = run.store / "minimax" / settings_digest({**told, "seed": run.rng.seed})
         model.train()
-        state = nn.ModuleDict({"model": model, "average": average, "memories": memories})
+        state = nn.ModuleDict({"weights": weights, "average": average, "memories": memories})
+        folder = progress_folder(run, self._identity(run, phase))
         repeated(run, "minimax", Budget(self.iterations), Progress(folder, state, optimizer), step)
-        if folder is not None:
-            forget(folder)
-        return {name: parameter.detach() for name, parameter in tunable(average).items()}
+        return {name: parameter.detach().cpu() for name, parameter in zip(trained, average, strict=True)}
 
     def _loss(
         self, model: Denoiser, memories: "Memories", latents: Tensor, classes: Tensor, generator: torch.Generator
@@ -148,7 +161,8 @@ class Minimax(Drawing):
         clean, own = latents[rows], classes[rows]
         noise = torch.randn(clean.shape, generator=generator, device=device)
         noisy = schedule.noisy(clean, noise, times)
-        raw = model(noisy, times, own, drop).float()
+        with lowered(device):
+            raw = model(noisy, times, own, drop).float()
         found = raw[:, : clean.shape[1]]
         predicted = schedule.clean(found, noisy, times)[0].flatten(1)
         weight = schedule.at(times, clean).flatten() if self.weighted else torch.ones(size, device=device)
@@ -161,10 +175,10 @@ class Minimax(Drawing):
 
 
 class Memories(nn.Module):
-    """The real latents and the predictions that each of K classes had last, as directions.
+    """The real latents and the predictions that each of some classes had last, as directions.
 
     Args:
-        classes: K.
+        classes: which, one after the other.
         size: of each memory.
         numbers: of a latent.
     """
@@ -173,11 +187,12 @@ class Memories(nn.Module):
     drawn: Tensor
     count: Tensor
 
-    def __init__(self, classes: int, size: int, numbers: int, device: torch.device) -> None:
+    def __init__(self, classes: range, size: int, numbers: int, device: torch.device) -> None:
         super().__init__()
+        self.first = classes.start
         for name in ("real", "drawn"):
-            self.register_buffer(name, torch.zeros(classes, size, numbers, device=device))
-        self.register_buffer("count", torch.zeros(classes, dtype=torch.int64, device=device))
+            self.register_buffer(name, torch.zeros(len(classes), size, numbers, device=device))
+        self.register_buffer("count", torch.zeros(len(classes), dtype=torch.int64, device=device))
 
     def terms(self, predicted: Tensor, classes: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Means over the classes of a batch of 1 − the least cosine to real ones, and of the greatest to drawn ones.
@@ -189,6 +204,7 @@ class Memories(nn.Module):
         """
         directions = normalize(predicted, dim=1)
         size = self.real.shape[1]
+        classes = classes - self.first
         there = torch.arange(size, device=predicted.device) < self.count[classes][:, None].clamp_max(size)
         known, blank = there[:, 0], torch.zeros((), device=predicted.device)
         unlike = 1 - torch.einsum("bd,bmd->bm", directions, self.real[classes])
@@ -207,6 +223,7 @@ class Memories(nn.Module):
     @torch.no_grad()
     def add(self, real: Tensor, drawn: Tensor, classes: Tensor) -> None:
         """Remember latents (B, d) of classes (B,), in the place of the oldest."""
+        classes = classes - self.first
         before = (classes[:, None] == classes).tril(-1).sum(1)
         slots = (self.count[classes] + before) % self.real.shape[1]
         self.real[classes, slots] = normalize(real, dim=1)
@@ -215,13 +232,36 @@ class Memories(nn.Module):
 
 
 def tunable(model: Denoiser) -> dict[str, nn.Parameter]:
-    """Biases and class tables, by name, which alone are trained from then on."""
-    chosen = {}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(".bias") or name.endswith("embedding_table.weight"))
-        if parameter.requires_grad:
-            chosen[name] = parameter
-    return chosen
+    """Biases and class tables, by name, which alone are trained."""
+    named = model.named_parameters()
+    return {name: one for name, one in named if name.endswith((".bias", "embedding_table.weight"))}
 
 
-_tuned: "WeakKeyDictionary[Shared, dict[tuple[Minimax, int], Denoiser]]" = WeakKeyDictionary()
+@torch.no_grad()
+def restored(model: Denoiser, kept: Mapping[str, Tensor]) -> None:
+    """Put tensors back by name."""
+    for name, parameter in tunable(model).items():
+        parameter.copy_(kept[name])
+
+
+def progress_folder(run: Run, digest: str) -> Path | None:
+    """Where the steps of a phase are kept until it is done."""
+    return None if run.store is None or run.shared.rehearsal is not None else run.store / "minimax" / digest
+
+
+def forget_progress(run: Run, digest: str) -> None:
+    """Once its result is kept."""
+    folder = progress_folder(run, digest)
+    if folder is not None and folder.exists():
+        forget(folder)
+
+
+@dataclass
+class _Tuned:
+    """A network and the phase whose weights it has."""
+
+    network: Denoiser
+    phase: int | None = None
+
+
+_tuned: "WeakKeyDictionary[Shared, dict[Minimax, _Tuned]]" = WeakKeyDictionary()

@@ -95,7 +95,10 @@ def test_without_it_each_image_is_what_its_noise_makes(source, store):
     model, rng = method.model(run), Rng(0).within("draw")
     shape = (noise_numbers(method.sampler), *model.autoencoder.latent)
     classes, places = (0, 0, 1, 1), (0, 1, 0, 1)  # of the first job
-    streams = [rng.within("class", label).at("image", place) for label, place in zip(classes, places, strict=True)]
+    streams = [
+        rng.within(f"class {source.classes[label]}").at("image", place)
+        for label, place in zip(classes, places, strict=True)
+    ]
     noise = torch.stack([torch.randn(shape, generator=stream) for stream in streams], 1)
     expected = model.decoded(drawn(model.denoiser, torch.tensor(classes), noise, method.sampler))
     assert torch.equal(made(method, source, store).tensors()[0][:4], expected)

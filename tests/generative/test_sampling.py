@@ -141,15 +141,40 @@ def test_a_pull_of_nothing_is_none_and_more_of_it_comes_nearer(kind):
     assert kind == "ddim" or stops == sorted(stops, reverse=True)
 
 
-def test_the_pull_of_ddim_moves_the_clean_latent_by_the_formula():
-    denoiser, sampler = exact(), Sampler(kind="ddim", steps=1, guidance=1)
-    modes, strength = torch.full((2, 4, 4, 4), 0.7, dtype=torch.float64), 0.3
-    plain, pulled = draw(denoiser, sampler), draw(denoiser, sampler, pull=Pull(modes, strength, -1))
-    # One step: x̂0 is what comes out, and the first time is the last.
-    time = denoiser.schedule.respaced(1)
-    kept = denoiser.schedule.kept[time]
-    expected = strength * (1 - kept) / kept.sqrt() * (modes - plain)
-    torch.testing.assert_close(pulled - plain, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+@pytest.mark.parametrize("learned", [None, 0.3])
+def test_a_pulled_step_by_hand(kind, learned):
+    """Of two steps the first is pulled; the denoiser is the exact one of N(0, I)."""
+    denoiser, sampler = exact(learned=learned), Sampler(kind=kind, steps=2, guidance=1)
+    modes, strength, noise = torch.full((2, 4, 4, 4), 0.7, dtype=torch.float64), 0.3, noise_of(sampler)
+    found = draw(denoiser, sampler, pull=Pull(modes, strength, 0))
+    (now, then), x = denoiser.schedule.kept[denoiser.schedule.respaced(2)], noise[0]
+    guess = (1 - now).sqrt() * x
+    clean = (x - (1 - now).sqrt() * guess) / now.sqrt()
+    gap = strength * (modes - clean)
+    if kind == "ddim":
+        moved = guess - (1 - now).sqrt() * gap
+        x = then.sqrt() * (x - (1 - now).sqrt() * moved) / now.sqrt() + (1 - then).sqrt() * moved
+    else:
+        beta = 1 - now / then
+        least = beta * (1 - then) / (1 - now)
+        share = 0.0 if learned is None else (learned + 1) / 2
+        deviation = (0.5 * (share * beta.log() + (1 - share) * least.log())).exp()
+        mean = then.sqrt() * beta / (1 - now) * clean + (now / then).sqrt() * (1 - then) / (1 - now) * x
+        x = mean + deviation * gap + deviation * noise[1]
+    last = (x - (1 - then).sqrt() * (1 - then).sqrt() * x) / then.sqrt()
+    torch.testing.assert_close(found, last, rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_leaves_variances_alone_and_steps_have_bounds():
+    denoiser = exact(learned=0.3)
+    said = denoiser.said(noise_of(Sampler())[0], 500, torch.zeros(2, dtype=torch.int64), 3.0, guided=7)
+    torch.testing.assert_close(said.variance, torch.full_like(said.variance, 0.65))
+    torch.testing.assert_close(said.noise, denoiser.said(noise_of(Sampler())[0], 500, torch.zeros(2).long(), 3.0).noise)
+    with pytest.raises(InvalidSetting, match="at most 1000"):
+        draw(exact(), Sampler(steps=1001))
+    with pytest.raises(InvalidSetting):
+        Sampler(steps=1)
 
 
 def test_the_last_step_adds_no_noise():

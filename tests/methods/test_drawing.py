@@ -16,9 +16,9 @@ from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import BadData, Diverged, InvalidSetting, Stopped
 from dsdistill.generative import fused, fusing, growing
-from dsdistill.generative.denoiser import COSINE, Schedule
+from dsdistill.generative.denoiser import COSINE, Said, Schedule
 from dsdistill.generative.models import Models, frame_of, latents_of, model_of, patch_of
-from dsdistill.generative.sampling import Sampler, furthest
+from dsdistill.generative.sampling import Sampler, _Step, furthest
 from dsdistill.methods import D4M, EVLF, MGD3, Diffusion, Minimax
 from dsdistill.testing import toy_source
 
@@ -122,16 +122,25 @@ def test_a_fusion_is_shared_by_runs_on_the_same_images_and_names(source, tmp_pat
     made(method, named, tmp_path)
     assert len(trained) == 3
     for folder in (tmp_path / "fusion").iterdir():  # damaged ones are made again
-        for file in folder.glob("*.safetensors"):
+        for file in folder.glob("fusion/*.safetensors"):
             file.write_bytes(file.read_bytes()[:-8])
     assert torch.equal(made(method, source, tmp_path)[0], first[0])
     assert len(trained) == 4
 
 
 def test_what_a_ddim_step_may_be_pulled_by():
+    """By the steps themselves, of a latent that is its own clean one."""
+    for config in (COSINE, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}):
+        schedule, sampler = Schedule(config), Sampler(kind="ddim")
+        kept, times = schedule.kept, schedule.respaced(50)
+        said, moved = Said(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64), None), []
+        for place in range(50 - 26):
+            step = _Step(float(kept[times[place]]), float(kept[times[place + 1]]), None)
+            moved.append(float(step.ddim(said, torch.ones(1, dtype=torch.float64)) - step.ddim(said, None)))
+        assert furthest(schedule, sampler, 25) == pytest.approx(max(moved))
     assert furthest(Schedule(COSINE), Sampler(kind="ddim"), 25) > 100
     linear = Schedule({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "epsilon"})
-    assert 1 < furthest(linear, Sampler(kind="ddim"), 25) < 1.5
+    assert 0.2 < furthest(linear, Sampler(kind="ddim"), 25) < 0.25
     assert furthest(linear, Sampler(kind="ddim"), 50) == 0
 
 
