@@ -188,10 +188,11 @@ class FamilyRow(_Strict):
     """A method under a protocol. Scores are over synthesis seeds; a seed counts once, with the mean of its networks.
 
     ``seconds`` of each synthesis, ``loss`` of its first and last steps where it is told; gains are paired by seed, over
-    the row "RandomReal" and (of a wrapper) over the method that is wrapped.
+    the row "RandomReal" and over the row ``base``; of a wrapper that is the method that is wrapped, and not named.
     """
 
     method: str
+    base: str | None = None
     settings: dict[str, Any]
     protocol: str
     seconds: list[Positive]
@@ -215,7 +216,7 @@ class Family(Record):
     def _consistent(self) -> Self:
         by_name = {(row.method, row.protocol): row.accuracy.values for row in self.rows}
         for row in self.rows:
-            for gain, other in ((row.gain_over_random, "RandomReal"), (row.gain_over_base, row.method[4:])):
+            for gain, other in ((row.gain_over_random, "RandomReal"), (row.gain_over_base, row.base or row.method[4:])):
                 if gain is None:
                     continue
                 differences = [a - b for a, b in zip(row.accuracy.values, by_name[other, row.protocol], strict=True)]

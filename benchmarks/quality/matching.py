@@ -181,6 +181,7 @@ def lines(protocol: str, rows: Mapping[str, Row], bases: Mapping[str, str]) -> l
     return [
         {
             "method": name,
+            "base": bases.get(name),
             "settings": to_dict(row.method),
             "protocol": protocol,
             "seconds": list(row.seconds),
