@@ -1,24 +1,31 @@
 """Methods that draw: what an image depends on, modes, fusion, and models that are found again."""
 
 import copy
+import hashlib
 import logging
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from generative import pipelines
 from methods.cases import BLURRED, CASES
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import interpolate
 
 from dsdistill import estimate, synthesize
 from dsdistill.core.rng import Rng
+from dsdistill.data import ImageSource
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import BadData, Diverged, InvalidSetting, Stopped
-from dsdistill.generative import fused, fusing, growing
+from dsdistill.generative import Fusion, Weights, fused, fusing, growing
 from dsdistill.generative.denoiser import COSINE, Said, Schedule
 from dsdistill.generative.models import Models, frame_of, latents_of, model_of, patch_of
 from dsdistill.generative.sampling import Sampler, _Step, furthest
+from dsdistill.generative.text import TextStates
 from dsdistill.methods import D4M, EVLF, MGD3, Diffusion, Minimax
 from dsdistill.testing import toy_source
 
@@ -38,6 +45,17 @@ def source():
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A DiT of five classes, as its pipeline is saved; the scale of its autoencoder is 0.5."""
+    pytest.importorskip("transformers")
+    return pipelines.dit(tmp_path_factory.mktemp("pretrained") / "dit", num_layers=1)
+
+
+def weights_in(folder, classes=(0, 1, 4)):
+    return Models(weights=Weights(path=str(folder), class_ids=classes))
 
 
 def made(method, source, store, **options):
@@ -128,6 +146,73 @@ def test_a_fusion_is_shared_by_runs_on_the_same_images_and_names(source, tmp_pat
     assert len(trained) == 4
 
 
+def test_a_fusion_learns_from_mirrored_latents_too_where_that_is_safe(source, monkeypatch):
+    fetches, rows = [], torch.arange(36).flip(0)
+
+    def train(fetch, *given, **options):
+        fetches.append(fetch)
+        return fusing.train_fusion(fetch, *given, **options)
+
+    monkeypatch.setattr(fused, "train_fusion", train)
+    unsafe = copy.copy(source)
+    unsafe.mirror_safe = False
+    for of, most in ((source, 2), (unsafe, 1)):
+        run = run_of(of)
+        CASES["EVLF"].fused(run)
+        both = latents_of(run, CASES["EVLF"].models)
+        found = fetches.pop()(rows, torch.Generator().manual_seed(0))
+        sides = [
+            [torch.equal(one, side[row]) for side in both].index(True) for row, one in zip(rows, found, strict=True)
+        ]
+        assert len(both) == len(set(sides)) == most
+
+
+def test_a_set_says_which_text_encoder_its_latents_were_fused_by(source, store, monkeypatch):
+    states = TextStates(torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 4, 3]))
+    monkeypatch.setattr(fused, "clip_states", lambda *given, **options: states)
+    monkeypatch.setattr("dsdistill.generative.method.clip_place", lambda *given, **options: None)
+    plain = CASES["EVLF"]
+    told = synthesize(plain, source, device="cpu", store=store).recipe.notes
+    read = replace(plain, fusion=replace(plain.fusion, text="some/clip"))
+    more = synthesize(read, source, device="cpu", store=store).recipe.notes
+    digest = hashlib.sha256(states.states.numpy().tobytes()).hexdigest()[:12]
+    assert more == (*told, f"fused with names by the text encoder 'some/clip' (states sha256 {digest})")
+
+
+def test_modes_are_means_of_clusters_the_largest_first(source, store):
+    run, method, uneven = run_of(source, store), MGD3(ipc=4, models=BLURRED["models"]), 0
+    for label in range(3):
+        modes, latents = method.modes(run, label).flatten(1), method.latents(run, label).flatten(1)
+        nearest = torch.cdist(latents, modes).argmin(1)
+        sizes = nearest.bincount(minlength=4).tolist()
+        assert sizes == sorted(sizes, reverse=True)
+        uneven += sizes[0] > sizes[3]
+        means = torch.stack([latents[nearest == number].mean(0) for number in range(4)])
+        torch.testing.assert_close(modes, means, rtol=1e-4, atol=1e-4)
+    assert uneven == 3
+
+
+def test_an_image_of_a_class_is_the_same_whatever_other_classes_there_are(pretrained, source):
+    """Of the third and the first class alone, in that order: noise, modes, and what is drawn of them."""
+    settings = {"ipc": 3, "sampler": Sampler(kind="ddpm", steps=3), "until": 0, "strength": 1.0}
+    order = [2, 0]
+    images = torch.cat([source.images[12 * label : 12 * label + 12] for label in order])
+    names, targets = [source.classes[label] for label in order], torch.arange(2).repeat_interleave(12)
+    fewer = ImageSource("fewer", names, images, targets, normalization=source.normalization)
+    every, some = (MGD3(**settings, models=weights_in(pretrained, ids)) for ids in ((0, 1, 4), (4, 0)))
+    run, own = run_of(source), replace(run_of(fewer), classes=(0, 1))
+    model, classes, places = every.model(run), torch.tensor([2, 0, 2]), torch.tensor([0, 1, 2])
+    noise = every.noise(run, model, classes, places, 1)
+    assert torch.equal(some.noise(own, model, torch.tensor([0, 1, 0]), places, 1), noise)
+    assert len(set(noise[0, :, 0, 0, 0].tolist())) == 3
+    for place, label in enumerate(order):
+        torch.testing.assert_close(some.modes(own, place), every.modes(run, label))
+    whole, labels = synthesize(every, source, device="cpu").tensors()
+    part, others = synthesize(some, fewer, device="cpu").tensors()
+    for place, label in enumerate(order):
+        torch.testing.assert_close(part[others == place], whole[labels == label], rtol=1e-4, atol=1e-4)
+
+
 def test_what_a_ddim_step_may_be_pulled_by():
     """By the steps themselves, of a latent that is its own clean one."""
     for config in (COSINE, {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}):
@@ -172,6 +257,59 @@ def test_models_and_latents_are_found_again_and_tell_where_they_are_from(source,
     assert torch.equal(latents_of(run_of(source, store), models), latents)
     assert latents.shape[:2] == (2, 36)  # mirrored ones too
     assert first.told[0].endswith("the denoiser on 64 latents")
+
+
+def test_denoisers_see_scaled_latents_and_autoencoders_unscaled_ones(pretrained, source):
+    """Against the autoencoder of the library, whose scale is 0.5; small images are drawn with 16 pixels."""
+    from diffusers import AutoencoderKL
+
+    theirs = AutoencoderKL.from_pretrained(pretrained / "vae", local_files_only=True).requires_grad_(False)
+    run, models = run_of(source), weights_in(pretrained)
+    plain, model = Diffusion(models=models), model_of(run, models)
+    pixels = source.images[12:24] / 127.5 - 1
+    squares = interpolate(pixels, (16, 16), mode="bicubic", antialias=True)
+    both = torch.cat([theirs.encode(one).latent_dist.mean for one in (squares, squares.flip(3))])
+    for mirrored, means in ((False, both[:12]), (True, both)):
+        torch.testing.assert_close(plain.latents(run, 1, mirrored=mirrored), 0.5 * means, rtol=1e-4, atol=1e-4)
+        mixing = replace(plain, fusion=Fusion(steps=2, width=8, heads=2, text_width=8, residual=False))
+        expected = 0.5 * mixing.fused(run).fuse(means, torch.ones(len(means), dtype=torch.int64))
+        torch.testing.assert_close(mixing.latents(run, 1, mirrored=mirrored), expected, rtol=1e-4, atol=1e-4)
+    decoded = theirs.decode(both / 0.5).sample.clamp(-1, 1)
+    restored = interpolate(decoded, (8, 8), mode="bicubic", antialias=True).clamp(-1, 1) / 2 + 0.5
+    torch.testing.assert_close(source.normalization.to_unit(model.decoded(both)), restored, rtol=1e-4, atol=1e-4)
+
+
+def test_latents_by_an_autoencoder_that_changed_are_made_again(pretrained, source, tmp_path):
+    folder = shutil.copytree(pretrained, tmp_path / "dit")
+    before = latents_of(run_of(source, tmp_path / "store"), weights_in(folder))
+    pipelines.autoencoder(seed=5).save_pretrained(folder / "vae")
+    after = latents_of(run_of(source, tmp_path / "store"), weights_in(folder))
+    assert torch.equal(after, latents_of(run_of(source), weights_in(folder)))
+    assert not torch.allclose(after, before, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_a_run_does_not_go_on_with_other_weights_under_the_same_path(part, pretrained, source, tmp_path, monkeypatch):
+    folder, images = shutil.copytree(pretrained, tmp_path / "dit"), Diffusion.images
+    method = Diffusion(ipc=1, models=weights_in(folder), sampler=Sampler(steps=2), classes_together=1)
+    whole, _ = made(method, source, tmp_path)
+
+    def stopping(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return images(*given)
+
+    monkeypatch.setattr(Diffusion, "images", stopping)
+    with pytest.raises(Stopped):
+        made(method, source, tmp_path, out=tmp_path / "out")
+    monkeypatch.setattr(Diffusion, "images", images)
+    tensors = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+    changed = {name: tensor + 0.1 for name, tensor in tensors.items()}
+    save_file(changed, folder / part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadData, match=r"this run began with other weights: .*; now .*; choose another output folder"):
+        made(method, source, tmp_path, out=tmp_path / "out")
+    assert not torch.equal(made(method, source, tmp_path, out=tmp_path / "other")[0], whole)
+    shutil.copytree(pretrained, folder, dirs_exist_ok=True)
+    assert torch.equal(made(method, source, tmp_path, out=tmp_path / "out")[0], whole)
 
 
 def test_few_latents_are_warned_of(source, caplog):
@@ -269,6 +407,17 @@ def test_constants_are_those_of_the_papers():
     fusion = EVLF().fusion
     assert (fusion.alignment, fusion.closeness, fusion.temperature, fusion.drop_text) == (0.1, (0.05, 1.0), 0.07, 0.2)
     assert (fusion.width, fusion.heads, fusion.layers, fusion.lr, fusion.lr_projector) == (256, 4, 2, 3e-4, 1e-4)
+
+
+def test_presets_are_those_of_the_authors_code():
+    transformer = Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3)
+    for kind in (EVLF, MGD3, Minimax):
+        assert kind.preset("dit").sampler == transformer
+    assert EVLF.preset("dit") == EVLF(sampler=transformer, fusion=Fusion(residual=False, steps=1600))
+    assert MGD3.preset("dit") == MGD3(sampler=transformer)
+    assert Minimax.preset("dit") == Minimax(sampler=transformer)
+    prompted = D4M.preset("stable_diffusion")
+    assert prompted == D4M(sampler=Sampler(kind="ddim", steps=50, guidance=8.0, guided=None), strength=0.7)
 
 
 def test_a_dry_run_leaves_a_fine_tuning_alone_that_was_interrupted(source, tmp_path, monkeypatch):
