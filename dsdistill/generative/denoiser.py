@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dsdistill.core.config import settings_digest
 from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
 from dsdistill.errors import InvalidSetting
+from dsdistill.networks import parameter_digest
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
@@ -116,6 +118,11 @@ class Denoiser(nn.Module):
     def channels(self) -> int:
         """c."""
         return int(self.network.config.in_channels)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that decides what it says: weights, noise levels, and what it is told of classes."""
+        return settings_digest({"parameters": parameter_digest(self), "schedule": self.schedule.config})
 
     @abstractmethod
     def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:

@@ -81,13 +81,21 @@ class Budget:
         return self.done >= self.steps or (late and self.done > 0)
 
 
-def repeated(run: Run, what: str, budget: Budget, kept: Progress, step: Callable[[int], Tensor]) -> float:
+def repeated(
+    run: Run,
+    what: str,
+    budget: Budget,
+    kept: Progress,
+    step: Callable[[int], Tensor],
+    mend: str = "take another seed, or another size",
+) -> float:
     """Make the steps of a budget; an interrupted training goes on after those that were kept.
 
     In a rehearsal a few are made, and the time of the others is put down.
 
     Args:
         step: makes one, and gives its loss.
+        mend: what to do if the loss stops being finite.
 
     Returns:
         The mean loss of the last steps.
@@ -119,7 +127,7 @@ def repeated(run: Run, what: str, budget: Budget, kept: Progress, step: Callable
                 budget.done += len(losses)
                 bar.update(len(losses))
                 if not bool(torch.isfinite(losses[-1])):
-                    raise InvalidSetting("models", what, "diverged: take another seed, or another size")
+                    raise InvalidSetting("models", what, f"diverged: {mend}")
                 kept.add(budget.done)
                 run.shared.give_way()
         except Stopped:  # raised between blocks; whatever else ends it may have left the weights in mid-block

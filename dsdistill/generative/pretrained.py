@@ -139,11 +139,11 @@ def load_weights(weights: Weights, source: ImageSource) -> Pretrained:
     if autoencoder.latent[0] != denoiser.channels:
         problem = f"its latents have {autoencoder.latent[0]} channels, the denoiser takes {denoiser.channels}"
         raise found.autoencoder.missing(problem)
-    digests = [parameter_digest(part)[:12] for part in (denoiser.network, network)]
+    digests = denoiser.digest[:12], parameter_digest(network)[:12]
     apart = f" with the autoencoder of {found.autoencoder.tried}" if weights.autoencoder is not None else ""
     told = (
-        f"drawn by the models of {found.place.tried}{apart} (sha256 {digests[0]}, {digests[1]}), which were trained on "
-        "other images; these and those of the test split may be among them"
+        f"drawn by the models of {found.place.tried}{apart} (digests {digests[0]}, {digests[1]}), which were trained "
+        "on other images; these and those of the test split may be among them"
     )
     return Pretrained(autoencoder, denoiser, autoencoder.latent[1] * _factor(network), told)
 

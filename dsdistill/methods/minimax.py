@@ -24,7 +24,8 @@ With Stable Diffusion the class is left out by its negative prompt.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -35,10 +36,13 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
+from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Preset, Run, Shared
+from dsdistill.errors import InvalidSetting
 from dsdistill.experts.progress import Progress, forget
+from dsdistill.experts.shelf import reserved_folder
 from dsdistill.generative.bound import variance_bound
 from dsdistill.generative.denoiser import Denoiser, lowered
 from dsdistill.generative.growing import Budget, follow, repeated
@@ -81,6 +85,12 @@ class Minimax(Drawing):
     classes_at_once: Annotated[int, Ge(1)] = 20
     """Classes that are fine-tuned for together, from the weights as they were; more have phases of their own."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory < self.batch_size:
+            told = f"at least batch_size, {self.batch_size}: one mini-batch may be of one class"
+            raise InvalidSetting("Minimax.memory", self.memory, told)
+
     def denoiser(self, run: Run) -> Denoiser:
         return self._phase(run, run.classes[0] // self.classes_at_once)
 
@@ -104,8 +114,10 @@ class Minimax(Drawing):
         state = _tuned.setdefault(run.shared, {}).setdefault(self, _Tuned(copy.deepcopy(self.model(run).denoiser)))
         if state.phase != phase:
             digest = self._identity(run, phase)
-            kept = run.shared.get(f"minimax-{digest}", lambda: self._learned(run, phase, state.network))
-            forget_progress(run, digest)
+            with reserved_steps(run, digest) as folder:
+                kept = run.shared.get(f"minimax-{digest}", lambda: self._learned(run, phase, state.network, folder))
+                if folder is not None:
+                    forget(folder)  # now that its result is kept
             restored(state.network, kept)
             state.network.eval().requires_grad_(False)
             state.phase = phase
@@ -115,13 +127,13 @@ class Minimax(Drawing):
         """Of all that decides what a phase learns."""
         model = self.model(run)
         told: dict[str, Any] = {"method": to_dict(self), "phase": phase, "seed": run.rng.seed}
-        told |= {"latents": identity_of_latents(run, self.models), "denoiser": parameter_digest(model.denoiser)}
+        told |= {"latents": identity_of_latents(run, self.models), "denoiser": model.denoiser.digest}
         if self.fusion is not None:
             told["fusion"] = parameter_digest(self.fused(run).fusion)
         return settings_digest(told)
 
-    def _learned(self, run: Run, phase: int, model: Denoiser) -> dict[str, Tensor]:
-        """The moving average of what is trained, by name, from the weights as they were."""
+    def _learned(self, run: Run, phase: int, model: Denoiser, folder: Path | None = None) -> dict[str, Tensor]:
+        """The moving average of what is trained, by name, from the weights as they were; ``folder`` keeps the steps."""
         first = phase * self.classes_at_once
         some = range(first, min(first + self.classes_at_once, run.source.num_classes))
         parts = [self.latents(run, label, mirrored=True) for label in some]
@@ -147,8 +159,8 @@ class Minimax(Drawing):
 
         model.train()
         state = nn.ModuleDict({"weights": weights, "average": average, "memories": memories})
-        folder = progress_folder(run, self._identity(run, phase))
-        repeated(run, "minimax", Budget(self.iterations), Progress(folder, state, optimizer), step)
+        kept = Progress(folder, state, optimizer)
+        repeated(run, "minimax", Budget(self.iterations), kept, step, mend="lower lr")
         return {name: parameter.detach().cpu() for name, parameter in zip(trained, average, strict=True)}
 
     def _loss(
@@ -244,16 +256,15 @@ def restored(model: Denoiser, kept: Mapping[str, Tensor]) -> None:
         parameter.copy_(kept[name])
 
 
-def progress_folder(run: Run, digest: str) -> Path | None:
-    """Where the steps of a phase are kept until it is done."""
-    return None if run.store is None or run.shared.rehearsal is not None else run.store / "minimax" / digest
-
-
-def forget_progress(run: Run, digest: str) -> None:
-    """Once its result is kept."""
-    folder = progress_folder(run, digest)
-    if folder is not None and folder.exists():
-        forget(folder)
+@contextmanager
+def reserved_steps(run: Run, digest: str) -> Iterator[Path | None]:
+    """The folder that keeps the steps of a phase until it is done, from all other runs; None to keep none."""
+    if run.store is None or run.shared.rehearsal is not None:
+        yield None
+        return
+    folder = run.store / "minimax" / digest
+    with reserved_folder(folder, run.shared.give_way, "this phase", storage.STORE):
+        yield folder / "steps"
 
 
 @dataclass

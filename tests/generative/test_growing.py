@@ -229,7 +229,7 @@ def test_seconds_count_anew_and_end_a_training_between_blocks(tmp_path, monkeypa
     monkeypatch.setattr(growing, "time", SimpleNamespace(monotonic=lambda: clock.now))
 
     def budget_after(stops):
-        training, budget = Training(tmp_path, stops=stops), Budget(10**6, 70.0)
+        training, budget = Training(tmp_path, stops=stops), Budget(400, 70.0)
 
         def step(number):
             clock.now += 1

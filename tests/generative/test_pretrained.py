@@ -187,6 +187,17 @@ def test_they_are_whole_and_as_they_were(saved):
     assert not any(parameter.requires_grad for parameter in found.denoiser.parameters())
 
 
+@pytest.mark.parametrize("changes", [{"beta_end": 0.03}, {"prediction_type": "v_prediction"}], ids=str)
+def test_other_noise_levels_are_other_models(copy, changes):
+    folder = copy("dit")
+    before = load_weights(dit(folder), SOURCE)
+    rewritten(folder / "scheduler/scheduler_config.json", **changes)
+    after = load_weights(dit(folder), SOURCE)
+    assert after.denoiser.digest != before.denoiser.digest
+    assert after.told != before.told
+    assert load_weights(dit(folder, class_ids=(1, 0, 4)), SOURCE).told != after.told
+
+
 def test_latents_of_another_side_are_others(saved, tmp_path):
     def shapes(side):
         run = Run(SOURCE.train_only(), torch.device("cpu"), Rng(0), (0, 1, 2), 100, shared=Shared(), store=tmp_path)

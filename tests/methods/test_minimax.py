@@ -14,7 +14,7 @@ from methods.cases import CASES
 from dsdistill import synthesize
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
-from dsdistill.errors import Stopped
+from dsdistill.errors import InvalidSetting, Stopped
 from dsdistill.generative import growing, sampling
 from dsdistill.generative.bound import variance_bound
 from dsdistill.generative.denoiser import ByClass, Schedule, small_transformer, without_dropped_labels
@@ -261,7 +261,7 @@ def test_an_interrupted_fine_tuning_goes_on_to_the_same_bits(tmp_path, steps):
     images, _ = synthesize(method, source, device="cpu", out=tmp_path / "out", store=tmp_path / "store").tensors()
     assert steps.done == 14
     assert torch.equal(images, whole)
-    assert not list((tmp_path / "store" / "minimax").iterdir())
+    assert not list((tmp_path / "store" / "minimax").rglob("progress.json"))
 
 
 @pytest.mark.parametrize("part", ["denoiser", "autoencoder", None])
@@ -319,3 +319,8 @@ def test_what_a_phase_learns_is_known_by_all_that_decides_it(tmp_path):
         identity(fused, moved=lambda method, run: method.fused(run).fusion),
     ]
     assert len(set(digests)) == len(digests)
+
+
+def test_a_memory_holds_a_mini_batch_of_one_class():
+    with pytest.raises(InvalidSetting, match="at least batch_size, 8"):
+        Minimax(memory=7)
