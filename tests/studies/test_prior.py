@@ -76,6 +76,7 @@ def test_a_dry_run_times_those_that_are_open_and_writes_nothing(folder, monkeypa
     assert len(again.teachers) == 2
 
 
+@pytest.mark.slow  # two networks of full size are made, saved and read
 def test_published_priors_go_to_the_networks_that_they_are_of(tmp_path):
     source = toy_source(classes=10, shape=(3, 32, 32))
     names = ("torchvision:shufflenet_v2_x0_5", "resnet18")
