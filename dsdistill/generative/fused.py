@@ -19,6 +19,7 @@ from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
+from dsdistill.errors import Stopped
 from dsdistill.experts.shelf import reserved_folder
 from dsdistill.generative.fusing import Trained, Watch, train_fusion
 from dsdistill.generative.fusion import Fusion
@@ -104,7 +105,11 @@ def _trained(run: Run, models: Models, settings: Fusion, texts: TextStates | Non
             bar.update(1)
             run.shared.give_way()
 
-        made = train(settings.steps, watch)
+        try:
+            made = train(settings.steps, watch)
+        except Stopped as error:
+            kept = "part of the training of the fusion, which begins anew"
+            raise Stopped(error.signum, error.iteration, error.path, kept) from None
     if rehearsal is None:
         told = ", ".join(f"{name} {first:.3f} to {last:.3f}" for name, (first, last) in made.losses.items())
         logger.info("the fusion has learned: %s", told)

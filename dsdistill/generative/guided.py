@@ -34,6 +34,9 @@ class Guided(Drawing):
             BadData, InvalidSetting: naming the place and the mend.
         """
         super().check(source)
+        if self.until >= self.sampler.steps - 1 and self.strength > 0:
+            told = f"below {self.sampler.steps - 1}: of {self.sampler.steps} steps none would be pulled"
+            raise InvalidSetting(f"{type(self).__name__}.until", self.until, told)
         if self.sampler.kind == "dpm":
             raise InvalidSetting(
                 f"{type(self).__name__}.sampler.kind", "dpm", "'ddpm' or 'ddim', where latents are pulled"

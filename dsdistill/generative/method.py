@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, Shared, State, Synthesizer
-from dsdistill.errors import BadData
+from dsdistill.errors import BadData, Stopped
 from dsdistill.experts import Committee
 from dsdistill.generative.denoiser import Denoiser
 from dsdistill.generative.fused import digest_of, fused_by
@@ -114,7 +114,11 @@ class Drawing(Synthesizer):
             return torch.cat(made)
 
         every = torch.arange(len(classes))
-        made = draw(every, 0) if self.redraw is None else self.redraw.chosen(run, classes, draw)
+        try:
+            made = draw(every, 0) if self.redraw is None else self.redraw.chosen(run, classes, draw)
+        except Stopped as error:
+            kept = f"the jobs before this one, kept in {error.path}; its {len(job.classes)} classes are drawn anew"
+            raise Stopped(error.signum, error.iteration, error.path, kept) from None
         return State(Pixels(made), HardLabels(classes, run.source.num_classes))
 
     def images(self, run: Run, classes: Tensor, places: Tensor, turn: int = 0) -> Tensor:

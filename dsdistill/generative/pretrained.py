@@ -83,6 +83,8 @@ class Weights:
             raise InvalidSetting("Weights.template", self.template, "exactly one {}, where the name of the class goes")
         if is_checkpoint(self.path) and self.autoencoder is None:
             raise InvalidSetting("Weights.autoencoder", None, "a folder or id: a checkpoint of a DiT has none")
+        if is_checkpoint(self.path) and self.revision is not None:
+            raise InvalidSetting("Weights.revision", self.revision, "null: a checkpoint of a DiT is a file")
         if self.autoencoder is None and self.autoencoder_revision is not None:
             raise InvalidSetting("Weights.autoencoder_revision", self.autoencoder_revision, "null without autoencoder")
 

@@ -47,6 +47,10 @@ class Sampler:
         validate(self)
 
 
+DIT = Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3)
+"""As the code of Minimax, MGD3 and EVLF samples DiT-XL/2 at 256 pixels."""
+
+
 class Pull(NamedTuple):
     """Towards ``modes`` (B, c, g, g), by ``strength`` λ, while more than ``until`` steps are left."""
 

@@ -89,7 +89,7 @@ def located(
                 str(where), revision=revision, allow_patterns=list(files), local_files_only=not download
             )
     except Exception as error:  # absent, offline, private, without space: each has an error of its own
-        absent = type(error).__name__ == "LocalEntryNotFoundError"
+        absent = not download and type(error).__name__ == "LocalEntryNotFoundError"
         problem = f"no such folder, and {'not in the cache of the Hub' if absent else first_line(error)}"
         allowed = "" if download else "nothing was downloaded: that needs download=True; "
         raise MissingWeights(what, tried, f"{problem}; expected are {expected}", f"{allowed}{instead}") from error

@@ -34,7 +34,7 @@ from typing import ClassVar
 from dsdistill.engine import Preset
 from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.guided import Guided
-from dsdistill.generative.sampling import Sampler
+from dsdistill.generative.sampling import DIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class EVLF(Guided):
         "dit": Preset(
             "authors' code, DiT-XL/2 at 256 pixels, ten classes; fusion.text: CLIP of Stable Diffusion 1.5",
             {
-                "sampler": Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3),
+                "sampler": DIT,
                 "fusion": Fusion(residual=False, steps=1600),
             },
         ),

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from dsdistill.engine import Preset
 from dsdistill.generative.guided import Guided
-from dsdistill.generative.sampling import Sampler
+from dsdistill.generative.sampling import DIT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,5 @@ class MGD3(Guided):
         "arXiv 2505.18963"
     )
     presets: ClassVar[Mapping[str, Preset]] = {
-        "dit": Preset(
-            "authors' code, DiT-XL/2 at 256 pixels", {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3)}
-        ),
+        "dit": Preset("authors' code, DiT-XL/2 at 256 pixels", {"sampler": DIT}),
     }

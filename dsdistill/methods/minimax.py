@@ -48,7 +48,7 @@ from dsdistill.generative.denoiser import Denoiser, lowered
 from dsdistill.generative.growing import Budget, follow, repeated
 from dsdistill.generative.method import Drawing
 from dsdistill.generative.models import identity_of_latents
-from dsdistill.generative.sampling import Sampler
+from dsdistill.generative.sampling import DIT
 from dsdistill.networks import parameter_digest
 
 
@@ -62,7 +62,7 @@ class Minimax(Drawing):
     presets: ClassVar[Mapping[str, Preset]] = {
         "dit": Preset(
             "authors' code, DiT-XL/2 at 256 pixels, ten classes",
-            {"sampler": Sampler(kind="ddpm", steps=50, guidance=4.0, guided=3)},
+            {"sampler": DIT},
         ),
     }
 
@@ -111,7 +111,10 @@ class Minimax(Drawing):
 
     def _phase(self, run: Run, phase: int) -> Denoiser:
         """The denoiser that is fine-tuned for the classes of a phase; one network serves all of them in turn."""
-        state = _tuned.setdefault(run.shared, {}).setdefault(self, _Tuned(copy.deepcopy(self.model(run).denoiser)))
+        known = _tuned.setdefault(run.shared, {})
+        if self not in known:
+            known[self] = _Tuned(copy.deepcopy(self.model(run).denoiser))
+        state = known[self]
         if state.phase != phase:
             digest = self._identity(run, phase)
             with reserved_steps(run, digest) as folder:

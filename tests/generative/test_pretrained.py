@@ -418,6 +418,7 @@ def test_unknown_classes_are_refused_early(saved):
     "options",
     [
         {"path": "a.pt"},
+        {"path": "a.pt", "autoencoder": "b", "revision": "main"},
         {"path": "a", "template": "photo"},
         {"path": "a", "autoencoder_revision": "main"},
         {"path": "a", "class_ids": (-1,)},

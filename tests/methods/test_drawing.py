@@ -23,6 +23,7 @@ from dsdistill.engine import Run, Shared
 from dsdistill.errors import BadData, Diverged, InvalidSetting, Stopped
 from dsdistill.generative import Fusion, Weights, fused, fusing, growing
 from dsdistill.generative.denoiser import COSINE, Said, Schedule
+from dsdistill.generative.method import Drawing
 from dsdistill.generative.models import Models, frame_of, latents_of, model_of, patch_of
 from dsdistill.generative.sampling import Sampler, _Step, furthest
 from dsdistill.generative.text import TextStates
@@ -234,6 +235,11 @@ def test_what_a_ddim_step_may_be_pulled_by():
     [
         (MGD3(**{**BLURRED, "sampler": Sampler(kind="dpm")}), InvalidSetting, "where latents are pulled"),
         (MGD3(**{**BLURRED, "sampler": Sampler(kind="ddim"), "until": 0}), InvalidSetting, "pulls .* times too far"),
+        (
+            MGD3(**{**BLURRED, "sampler": Sampler(kind="ddpm"), "until": 49}),
+            InvalidSetting,
+            "below 49: of 50 steps none",
+        ),
         (MGD3(**{**BLURRED, "ipc": 13}), BadData, "fewer than the 13 images that as many modes take: 'class 0' .12."),
     ],
 )
@@ -437,3 +443,21 @@ def test_a_dry_run_leaves_a_fine_tuning_alone_that_was_interrupted(source, tmp_p
     assert "progress.json" in kept
     estimate(method, source, device="cpu", store=tmp_path / "store")
     assert sorted(path.name for path in (tmp_path / "store" / "minimax").rglob("*")) == kept
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"), [(1, "its 3 classes are drawn anew"), (0, "the fusion, which begins anew")]
+)
+def test_a_stop_says_what_is_lost(source, tmp_path, monkeypatch, calls, message):
+    """While images are drawn, or while the fusion is trained."""
+    method = replace(CASES["EVLF"], classes_together=3)
+    named = (Drawing, "images") if calls else (fused, "train_fusion")
+    own = getattr(*named)
+
+    def stopping(*given, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return own(*given, **more)
+
+    monkeypatch.setattr(*named, stopping)
+    with pytest.raises(Stopped, match=message):
+        synthesize(replace(method, ipc=12), source, device="cpu", out=tmp_path / "out", store=tmp_path, chunk=4)
