@@ -27,7 +27,9 @@ def rows_of(folder: Path, rows: int) -> Tensor:
     """(rows, K, C, H, W) in [0, 1]: the first images of each of the K classes."""
     made = SyntheticDataset.load(folder)
     images, _ = made.tensors()
-    chosen = torch.stack([(torch.as_tensor(made.targets) == label).nonzero().flatten()[:rows] for label in range(len(made.classes))], 1)
+    targets = torch.tensor(made.targets)
+    places = [(targets == label).nonzero().flatten()[:rows] for label in range(len(made.classes))]
+    chosen = torch.stack(places, 1)
     return made.normalization.to_unit(images[chosen.flatten()]).clamp(0, 1).unflatten(0, chosen.shape)
 
 
