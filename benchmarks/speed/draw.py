@@ -1,9 +1,10 @@
-"""Drawing images from a latent diffusion model against a plain loop, at CIFAR-10's size.
+"""Drawing images from a latent diffusion model against a plain loop, at CIFAR-10's size or the published one.
 
 The plain loop draws and decodes one image at a time, as published codes do: a latent passes the denoiser twice in one
 batch, with its class and without, and the scheduler of diffusers takes each step. On CUDA it multiplies in TF32, as
 they do, and dsdistill's denoiser in bfloat16. Networks are random, also where training would begin at 0: what they know
-does not change the work.
+does not change the work. The size "dit-xl" is that of the published experiments: the architectures of DiT-XL/2 and of
+Stable Diffusion's autoencoder, images of 256 pixels.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from torch import Tensor
 from benchmarks.speed import pairs
 from benchmarks.speed.stage import SHAPE, TOLERANCES, make_source
 from dsdistill.core.device import default_chunk, settle_allocator
-from dsdistill.core.rng import Rng
-from dsdistill.generative.autoencoder import Autoencoder, PatchPCA, halvings, small_kl
+from dsdistill.core.rng import Rng, isolated_global_rng, seed_global
+from dsdistill.generative.autoencoder import KL, Autoencoder, PatchPCA, halvings, small_kl
 from dsdistill.generative.denoiser import COSINE, Denoiser, small_transformer
 from dsdistill.generative.growing import SIZES
 from dsdistill.generative.models import patch_of
@@ -28,6 +29,7 @@ MODULE = "benchmarks.speed.draw"
 CHECKED = {"classes": 3, "ipc": 2, "chunk": 4}  # most, in the equality check
 LIKENESS = 0.05  # tolerance where one of the programs works in bfloat16
 WARMED = 2  # steps of the sampler, over all images, before the timing
+XL = "dit-xl"
 
 
 class Models(NamedTuple):
@@ -40,13 +42,8 @@ def make_models(options: argparse.Namespace, dtype: torch.dtype = torch.float32)
 
     A closed-form autoencoder is fitted on random images.
     """
-    size, rng = SIZES[options.size], Rng(options.seed)
-    if size.pca:
-        squares = 2 * make_source(argparse.Namespace(classes=10, per_class=8, seed=options.seed)).images / 255 - 1
-        autoencoder: Autoencoder = PatchPCA.fitted(squares, patch_of(SHAPE))
-    else:
-        autoencoder = small_kl(SHAPE[0], SHAPE[1], halvings(SHAPE[1]), rng)
-    denoiser = small_transformer(autoencoder.latent, options.classes, size.layers, size.heads, size.width, rng)
+    rng = Rng(options.seed)
+    autoencoder, denoiser = published(options.classes, rng) if options.size == XL else small(options, rng)
     generator = rng.at("zeroed")
     with torch.no_grad():
         for parameter in denoiser.parameters():
@@ -55,6 +52,39 @@ def make_models(options: argparse.Namespace, dtype: torch.dtype = torch.float32)
     for network in (autoencoder, denoiser):
         network.to(options.device, dtype).eval().requires_grad_(False)
     return Models(autoencoder, denoiser)
+
+
+def small(options: argparse.Namespace, rng: Rng) -> Models:
+    size = SIZES[options.size]
+    if size.pca:
+        squares = 2 * make_source(argparse.Namespace(classes=10, per_class=8, seed=options.seed)).images / 255 - 1
+        autoencoder: Autoencoder = PatchPCA.fitted(squares, patch_of(SHAPE))
+    else:
+        autoencoder = small_kl(SHAPE[0], SHAPE[1], halvings(SHAPE[1]), rng)
+    transformer = small_transformer(autoencoder.latent, options.classes, size.layers, size.heads, size.width, rng)
+    return Models(autoencoder, transformer)
+
+
+def published(classes: int, rng: Rng) -> Models:
+    """DiT-XL/2, without its learned variance, and the autoencoder of Stable Diffusion, as networks go."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    transformer = small_transformer((4, 32, 32), classes, layers=28, heads=16, width=72, rng=rng)
+    with isolated_global_rng(torch.device("cpu")):
+        seed_global(rng.integer("autoencoder"), torch.device("cpu"))
+        network = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            sample_size=256,
+        )
+    return Models(KL(network, 256), transformer)
+
+
+def shape_of(options: argparse.Namespace) -> tuple[int, int, int]:
+    """Of the images, (C, H, W)."""
+    return (3, 256, 256) if options.size == XL else SHAPE
 
 
 def wanted(options: argparse.Namespace) -> list[tuple[int, int]]:
@@ -72,7 +102,7 @@ def batched(options: argparse.Namespace, models: Models, dtype: torch.dtype = to
     """Images (M, C, H, W) by dsdistill, as many together as in its runs unless ``options`` say otherwise."""
     device, sampler = torch.device(options.device), Sampler(kind="ddpm", steps=options.steps, guidance=options.guidance)
     shape = (noise_numbers(sampler), *models.autoencoder.latent)
-    chunk = options.chunk or default_chunk(SHAPE, device)
+    chunk = options.chunk or default_chunk(shape_of(options), device)
     every, made = wanted(options), []
     for part in (every[begin : begin + chunk] for begin in range(0, len(every), chunk)):
         own = [torch.randn(shape, generator=stream(options, *one, "cpu"), dtype=dtype) for one in part]
@@ -152,7 +182,7 @@ def lowers(options: argparse.Namespace) -> bool:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = pairs.parser(__doc__)
-    parser.add_argument("--size", choices=SIZES, default="nano", help="of the models; all but nano want a GPU")
+    parser.add_argument("--size", choices=[*SIZES, XL], default="nano", help="of the models; all but nano want a GPU")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--ipc", type=int, default=10)
     parser.add_argument("--steps", type=int, default=50, help="of the sampler, of 1,000")
@@ -171,12 +201,13 @@ def main() -> None:
     equality = [one for dtype in TOLERANCES for one in check(argparse.Namespace(**{**vars(options), **small}), dtype)]
     for one in equality:
         print(f"{one.quantity} ({one.dtype}): relative difference {one.relative:.2e}")
-    chunk = options.chunk or default_chunk(SHAPE, torch.device(options.device))
+    chunk = options.chunk or default_chunk(shape_of(options), torch.device(options.device))
     count = options.classes * options.ipc
     names = ("size", "classes", "ipc", "steps", "guidance")
+    pixels = "x".join(map(str, shape_of(options)))
     content = {
         "kind": "speed",
-        "title": f"Drawing {count} images, 3x32x32, {options.size} models, {options.steps} guided steps of DDPM, "
+        "title": f"Drawing {count} images, {pixels}, {options.size} models, {options.steps} guided steps of DDPM, "
         f"{min(chunk, count)} together" + (", bfloat16 denoiser" if lowers(options) else ""),
         "unit": f"{count} images",
         "settings": {**{name: getattr(options, name) for name in names}, "chunk": chunk},

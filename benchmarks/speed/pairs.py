@@ -2,6 +2,7 @@
 
 One round runs the plain loops, dsdistill, and the plain loops once more with a C allocator told to keep freed memory:
 `synthesize` and `evaluate` have the allocator keep their (smaller) blocks, and plain loops would gain from that too.
+On an accelerator, whose memory that allocator does not give, the last is left out.
 """
 
 import argparse
@@ -75,15 +76,22 @@ def keep_freed_memory() -> None:
         sys.exit("the allocator of this C library cannot be tuned")
 
 
-def measure(module: str, runs: int) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of every variant, ``runs`` rounds, with the options of this process; cores that others used meanwhile.
+def compared(device: str) -> dict[str, tuple[str, str]]:
+    """Which variants are compared on a device, by label."""
+    own = list(COMPARISONS) if torch.device(device).type == "cpu" else list(COMPARISONS)[:1]
+    return {label: COMPARISONS[label] for label in own}
+
+
+def measure(module: str, runs: int, names: Iterable[str] = VARIANTS) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of variants, ``runs`` rounds, with the options of this process; cores that others used meanwhile.
 
     A process during which other programs used more than ``OTHERS`` cores is repeated, at most ``REPEATS`` times.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     loads = []
     for run in range(runs):
-        for name, arguments in VARIANTS.items():
+        for name in seconds:
+            arguments = VARIANTS[name]
             for _ in range(REPEATS):
                 wait_for_quiet(OTHERS, patience=120)
                 with OtherLoad() as others:
@@ -107,9 +115,9 @@ def _once(module: str, arguments: list[str]) -> float:
 
 def publish(options: argparse.Namespace, module: str, name: str, content: dict[str, Any]) -> None:
     """Measure all variants, print the ratios and write the result."""
-    started = commit()
-    seconds, loads = measure(module, options.runs)
-    found = [Comparison.of(label, a, b, seconds[a], seconds[b]) for label, (a, b) in COMPARISONS.items()]
+    started, pairs = commit(), compared(options.device)
+    seconds, loads = measure(module, options.runs, dict.fromkeys(name for pair in pairs.values() for name in pair))
+    found = [Comparison.of(label, a, b, seconds[a], seconds[b]) for label, (a, b) in pairs.items()]
     for one in found:
         a, b = (statistics.median(values) for values in (one.a, one.b))
         ratios = f"median ratio {one.median_ratio:.2f} ({one.min_ratio:.2f} to {one.max_ratio:.2f}, n={one.n})"

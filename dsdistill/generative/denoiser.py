@@ -43,6 +43,7 @@ class Schedule:
         )
         self.kept = (1 - made.betas.double()).cumprod(0)
         self.prediction = str(config.get("prediction_type", "epsilon"))
+        self._there: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     @property
     def times(self) -> int:
@@ -85,8 +86,10 @@ class Schedule:
 
     def at(self, times: Tensor, like: Tensor) -> Tensor:
         """ᾱ (B, 1, 1, 1) at times (B,), as ``like``."""
-        kept: Tensor = self.kept.to(like.device, like.dtype)[times.to(like.device)]
-        return kept.view(-1, 1, 1, 1)
+        place = (like.device, like.dtype)
+        if place not in self._there:  # copied once: a step on a device waits for no host memory
+            self._there[place] = self.kept.to(*place)
+        return self._there[place][times.to(like.device)].view(-1, 1, 1, 1)
 
 
 def lowered(device: torch.device) -> torch.autocast:
