@@ -3,6 +3,7 @@
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,7 +44,10 @@ class Progress:
             tensors = storage.read_listed_tensors(self.folder, manifest, manifest["file"])
             tree = storage.unflatten(tensors, manifest["skeleton"])
             self.network.load_state_dict(tree["network"])
+            own = [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
             self.optimizer.load_state_dict(tree["optimizer"])
+            for group, settings in zip(self._groups, own, strict=True):
+                group.update(settings)  # what is kept may be of a device that makes steps in another way
             self._lay_out_moments()
         except BadArtifact as error:
             logger.warning("this training begins anew: %s", error)
@@ -51,11 +55,21 @@ class Progress:
         self._epoch = self._kept = int(manifest["epoch"])
         return self._epoch
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
     def _lay_out_moments(self) -> None:
-        """In memory as the parameters are: fused steps of others are slower, and not the same to the last bit."""
+        """In memory as the parameters are: fused steps of others are slower, and not the same to the last bit.
+
+        Counts of steps are with the parameters where they are wanted there, else on the host.
+        """
+        there = any(group.get("capturable") or group.get("fused") for group in self._groups)
         for parameter, moments in self.optimizer.state.items():
             for name, tensor in moments.items():
-                if torch.is_tensor(tensor) and tensor.shape == parameter.shape:
+                if name == "step":
+                    moments[name] = tensor.to(parameter.device if there else "cpu")
+                elif torch.is_tensor(tensor) and tensor.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(tensor)
 
     def add(self, epoch: int) -> None:

@@ -12,6 +12,8 @@ with x₀ known to 1/255, as if it were a pixel in [−1, 1]: so it is in the co
 """
 
 import math
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,26 +33,42 @@ def variance_bound(schedule: Schedule, raw: Tensor, latents: Tensor, noisy: Tens
         times: (B,), of all T levels.
     """
     channels = latents.shape[1]
-    kept = schedule.kept
-    before = torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
-    beta = 1 - kept / before
-    least = beta * (1 - before) / (1 - kept)
-    # At the last step the least variance is 0, whose logarithm is taken one level earlier, as in the code of DiT.
-    lowest = torch.cat([least[1:2], least[1:]]).log()
-    of_clean, of_noisy = before.sqrt() * beta / (1 - kept), (1 - beta).sqrt() * (1 - before) / (1 - kept)
-
-    def at(values: Tensor) -> Tensor:
-        return values.to(latents.device, latents.dtype)[times].view(-1, 1, 1, 1)
-
+    tables = _tables.setdefault(schedule, {})
+    place = (latents.device, latents.dtype)
+    if place not in tables:
+        tables[place] = _Tables(*(one.to(*place) for one in _Tables.of(schedule.kept)))
+    log_beta, lowest, of_clean, of_noisy = (one[times].view(-1, 1, 1, 1) for one in tables[place])
     clean = schedule.clean(raw[:, :channels].detach(), noisy, times)[0]
     share = (raw[:, channels:] + 1) / 2
-    log_variance = share * at(beta.log()) + (1 - share) * at(lowest)
-    mean, true_mean = (at(of_clean) * one + at(of_noisy) * noisy for one in (clean, latents))
-    ratio = at(lowest) - log_variance
+    log_variance = share * log_beta + (1 - share) * lowest
+    mean, true_mean = (of_clean * one + of_noisy * noisy for one in (clean, latents))
+    ratio = lowest - log_variance
     divergence = 0.5 * (ratio.exp() - 1 - ratio + (true_mean - mean) ** 2 * (-log_variance).exp())
     at_once = -_log_likelihood(latents, mean, 0.5 * log_variance)
     bits = torch.where((times == 0).view(-1, 1, 1, 1), at_once, divergence) / math.log(2)
     return bits.mean()
+
+
+class _Tables(NamedTuple):
+    """By time (T,): log β, log β̃, and what x₀ and x_t have of the mean."""
+
+    log_beta: Tensor
+    lowest: Tensor
+    of_clean: Tensor
+    of_noisy: Tensor
+
+    @classmethod
+    def of(cls, kept: Tensor) -> "_Tables":
+        before = torch.cat([torch.ones(1, dtype=kept.dtype), kept[:-1]])
+        beta = 1 - kept / before
+        least = beta * (1 - before) / (1 - kept)
+        # At the last step the least variance is 0, whose logarithm is taken one level earlier, as in the code of DiT.
+        lowest = torch.cat([least[1:2], least[1:]]).log()
+        shares = before.sqrt() * beta / (1 - kept), (1 - beta).sqrt() * (1 - before) / (1 - kept)
+        return cls(beta.log(), lowest, *shares)
+
+
+_tables: "WeakKeyDictionary[Schedule, dict[tuple[torch.device, torch.dtype], _Tables]]" = WeakKeyDictionary()
 
 
 def _log_likelihood(values: Tensor, mean: Tensor, log_deviation: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ The transformer is that of Peebles & Xie, DiT (arXiv 2212.09748).
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -131,30 +132,43 @@ class Denoiser(nn.Module):
     def forward(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor | None = None) -> Tensor:
         """The raw output at times (B,) for classes (B,); where ``drop`` (B,) says so, for none."""
 
+    def predicted(self, noisy: Tensor, times: Tensor, classes: Tensor, drop: Tensor) -> Tensor:
+        """The raw output, of a network that works in bfloat16 on CUDA, as ``noisy`` is."""
+        with lowered(noisy.device):
+            found: Tensor = self(noisy, times, classes, drop).to(noisy.dtype)
+        return found
+
     @torch.no_grad()
-    def said(self, noisy: Tensor, time: int, classes: Tensor, guidance: float, guided: int | None = None) -> Said:
+    def said(
+        self,
+        noisy: Tensor,
+        time: int,
+        classes: Tensor,
+        guidance: float,
+        guided: int | None = None,
+        ask: Callable[..., Tensor] | None = None,
+    ) -> Said:
         """What it says of x_t (B, c, g, g) at one time.
 
         Args:
             classes: (B,).
             guidance: w; at 1 it is asked once.
             guided: channels that guidance is for, the first ones; None for all. The code of DiT guides three of four.
+            ask: `predicted`, or what replays it.
         """
-        times = torch.full((len(noisy),), time, device=noisy.device)
+        ask = self.predicted if ask is None else ask
+        asked = 1 if guidance == 1 else 2
+        times = torch.full((asked * len(noisy),), time, device=noisy.device)
+        drop = torch.arange(len(times), device=noisy.device) >= len(noisy)
         channels = noisy.shape[1]
-        if guidance == 1:
-            with lowered(noisy.device):
-                raw = self(noisy, times, classes).to(noisy.dtype)
-        else:
-            drop = torch.arange(2 * len(noisy), device=noisy.device) >= len(noisy)
-            with lowered(noisy.device):
-                both = self(noisy.repeat(2, 1, 1, 1), times.repeat(2), classes.repeat(2), drop).to(noisy.dtype)
-            told, plain = both.chunk(2)
+        raw = ask(noisy.repeat(asked, 1, 1, 1), times, classes.repeat(asked), drop)
+        if asked == 2:
+            told, plain = raw.chunk(2)
             raw = told.clone()
             some = slice(0, channels if guided is None else min(guided, channels))
             raw[:, some] = plain[:, some] + guidance * (told[:, some] - plain[:, some])
         variance = (raw[:, channels:] + 1) / 2 if raw.shape[1] == 2 * channels else None
-        clean, noise = self.schedule.clean(raw[:, :channels], noisy, times)
+        clean, noise = self.schedule.clean(raw[:, :channels], noisy, times[: len(noisy)])
         return Said(clean, noise, variance)
 
 

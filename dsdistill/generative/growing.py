@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from dsdistill.core.device import synchronize
+from dsdistill.core.replay import WARM, Rate, Replayed, forget_gradients, replayable
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run
 from dsdistill.errors import InvalidSetting, Stopped
@@ -31,7 +33,7 @@ from dsdistill.generative.autoencoder import KL
 from dsdistill.generative.denoiser import Denoiser, lowered
 
 logger = logging.getLogger("dsdistill")
-_REHEARSED = 3  # steps that are timed, after a first one
+_REHEARSED = 3  # steps that are timed
 _BLOCK = 50  # steps between two looks at signals and clocks
 FEW = 1_000_000
 """Latents that a denoiser should have seen for images worth looking at."""
@@ -104,16 +106,18 @@ def repeated(
         InvalidSetting: the loss stopped being finite. Stopped: the run was asked to stop.
     """
     rehearsal = run.shared.rehearsal
-    if rehearsal is not None and budget.steps > 1 + _REHEARSED:
-        step(0)
+    first = 1 + WARM if run.device.type == "cuda" else 1  # the steps before those that are like all others
+    if rehearsal is not None and budget.steps > first + _REHEARSED:
+        for number in range(first):
+            step(number)
         synchronize(run.device)
         begin = time.perf_counter()
-        for number in range(_REHEARSED):
-            step(1 + number)
+        for number in range(first, first + _REHEARSED):
+            step(number)
         synchronize(run.device)
         each = (time.perf_counter() - begin) / _REHEARSED
         longest = math.inf if budget.seconds is None else budget.seconds
-        rehearsal.seconds += min(each * (budget.steps - 1 - _REHEARSED), longest)
+        rehearsal.seconds += min(each * (budget.steps - first - _REHEARSED), longest)
         return math.nan
     budget.done = kept.read()
     if rehearsal is None and not budget.over:
@@ -145,20 +149,14 @@ def grow_autoencoder(
         fetch: squares (B, C, S, S) of real images by their rows, on the device.
         count: of real images.
     """
-    optimizer = torch.optim.Adam(model.model.parameters(), lr=2e-4)
+    optimizer = torch.optim.Adam(model.model.parameters(), lr=2e-4, **replayable(run.device))
     batch = min(128, count)
     budget = Budget(passes * max(1, count // batch))
 
-    def step(number: int) -> Tensor:
-        generator = rng.at("autoencoder", number, device=run.device)
-        rows = torch.randint(count, (batch,), generator=generator, device=run.device)
-        squares = fetch(rows)
-        if run.source.mirror_safe and number % 2:
-            squares = squares.flip(3)
+    def update(squares: Tensor, spread: Tensor) -> Tensor:
         optimizer.zero_grad()
         with lowered(run.device):
             posterior = model.posterior(squares)
-            spread = torch.randn(posterior.mean.shape, generator=generator, device=run.device)
             made = model.decode(posterior.mean + posterior.std * spread)
             distance = l1_loss(made.float(), squares) + 0.1 * mse_loss(made.float(), squares)
             loss = distance + 1e-6 * posterior.kl().mean()
@@ -167,7 +165,19 @@ def grow_autoencoder(
         result: Tensor = loss.detach()
         return result
 
+    replayed = Replayed(update, run.device)
+
+    def step(number: int) -> Tensor:
+        generator = rng.at("autoencoder", number, device=run.device)
+        rows = torch.randint(count, (batch,), generator=generator, device=run.device)
+        squares = fetch(rows)
+        if run.source.mirror_safe and number % 2:
+            squares = squares.flip(3)
+        spread = torch.randn((batch, *model.latent), generator=generator, device=run.device)
+        return replayed(squares, spread)
+
     repeated(run, "the autoencoder", budget, Progress(folder, model, optimizer), step)
+    forget_gradients(model)
     with torch.no_grad():
         rows = torch.randperm(count, generator=rng.at("scale", device=run.device), device=run.device)[:2000]
         latents = torch.cat([model.encode(fetch(part)) for part in torch.split(rows, run.chunk)])
@@ -198,25 +208,33 @@ def grow_denoiser(
     """
     average = copy.deepcopy(denoiser)
     both = nn.ModuleDict({"model": denoiser, "average": average})
-    optimizer = torch.optim.AdamW(denoiser.parameters(), lr=size.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    device = run.device
+    options = {"lr": size.lr, "betas": (0.9, 0.99), "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(denoiser.parameters(), **options, **replayable(device))  # type: ignore[arg-type]
     batch = min(size.batch, 4 * latents.shape[1])
     budget = Budget(max(1, samples // batch), seconds)
     warmup = min(500, max(1, budget.steps // 10))
 
-    def step(number: int) -> Tensor:
-        generator = rng.at("denoiser", number, device=run.device)
-        loss = denoising_loss(denoiser, latents, classes, batch, generator)
-        for group in optimizer.param_groups:
-            group["lr"] = size.lr * min(1.0, (number + 1) / warmup)
+    def update(*drawn: Tensor) -> Tensor:
         optimizer.zero_grad()
+        loss = denoising_loss(denoiser, Noised(*drawn))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
-        follow(average, denoiser, min(0.9999, (1 + number) / (10 + number)))
         return loss.detach()
+
+    replayed, rate = Replayed(update, device), Rate(optimizer, device)
+
+    def step(number: int) -> Tensor:
+        rate.set(size.lr * min(1.0, (number + 1) / warmup))
+        generator = rng.at("denoiser", number, device=device)
+        loss = replayed(*Noised.drawn(latents, classes, batch, denoiser.schedule.times, generator))
+        follow(average, denoiser, min(0.9999, (1 + number) / (10 + number)))
+        return loss
 
     denoiser.train()
     loss = repeated(run, "the denoiser", budget, Progress(folder, both, optimizer), step)
+    forget_gradients(denoiser)
     denoiser.load_state_dict(average.state_dict())
     denoiser.eval().requires_grad_(False)
     seen = budget.done * batch
@@ -232,21 +250,34 @@ def grow_denoiser(
     return seen
 
 
-def denoising_loss(
-    denoiser: Denoiser, latents: Tensor, classes: Tensor, batch: int, generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of what a denoiser predicts, over random latents (F, N, c, g, g), times, noise and classes."""
-    device, schedule = latents.device, denoiser.schedule
-    flips, count = latents.shape[:2]
-    rows = torch.randint(count, (batch,), generator=generator, device=device)
-    sides = torch.randint(flips, (batch,), generator=generator, device=device)
-    times = torch.randint(schedule.times, (batch,), generator=generator, device=device)
-    drop = torch.rand(batch, generator=generator, device=device) < 0.1
-    clean = latents[sides, rows]
-    noise = torch.randn(clean.shape, generator=generator, device=device)
-    with lowered(device):
-        found = denoiser(schedule.noisy(clean, noise, times), times, classes[rows], drop)
-    return mse_loss(found.float()[:, : clean.shape[1]], schedule.target(clean, noise, times))
+class Noised(NamedTuple):
+    """What a step learns from: clean latents (B, c, g, g), noise, times (B,), classes (B,), and whom to tell none."""
+
+    clean: Tensor
+    noise: Tensor
+    times: Tensor
+    classes: Tensor
+    drop: Tensor
+
+    @classmethod
+    def drawn(cls, latents: Tensor, classes: Tensor, batch: int, times: int, generator: torch.Generator) -> "Noised":
+        """Of latents (F, N, c, g, g) of classes (N,), on their device."""
+        device, (flips, count) = latents.device, latents.shape[:2]
+        rows = torch.randint(count, (batch,), generator=generator, device=device)
+        sides = torch.randint(flips, (batch,), generator=generator, device=device)
+        own = torch.randint(times, (batch,), generator=generator, device=device)
+        drop = torch.rand(batch, generator=generator, device=device) < 0.1
+        clean = latents[sides, rows]
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        return cls(clean, noise, own, classes[rows], drop)
+
+
+def denoising_loss(denoiser: Denoiser, seen: Noised) -> Tensor:
+    """Mean squared error of what a denoiser predicts."""
+    schedule = denoiser.schedule
+    noisy = schedule.noisy(seen.clean, seen.noise, seen.times)
+    found = denoiser.predicted(noisy, seen.times, seen.classes, seen.drop)
+    return mse_loss(found.float()[:, : noisy.shape[1]], schedule.target(seen.clean, seen.noise, seen.times))
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from dsdistill.core.config import validate
+from dsdistill.core.replay import Replayed
 from dsdistill.errors import InvalidSetting
 from dsdistill.generative.denoiser import Denoiser, Said, Schedule
 
@@ -97,12 +98,13 @@ def drawn(
     skipped = 0 if start is None else sampler.steps - max(1, min(sampler.steps, int(start.strength * sampler.steps)))
     first = torch.full((len(classes),), int(times[skipped]), device=noise.device)
     latents = noise[0] if start is None else schedule.noisy(start.latents, noise[0], first)
+    ask = Replayed(denoiser.predicted, noise.device)
     if sampler.kind == "dpm":
         if pull is not None:
             raise InvalidSetting("sampler.kind", "dpm", "'ddpm' or 'ddim', where latents are pulled")
-        return _by_solver(denoiser, classes, latents, sampler, times[skipped:])
+        return _by_solver(denoiser, ask, classes, latents, sampler, times[skipped:])
     for place in range(skipped, sampler.steps):
-        said = denoiser.said(latents, int(times[place]), classes, sampler.guidance, sampler.guided)
+        said = denoiser.said(latents, int(times[place]), classes, sampler.guidance, sampler.guided, ask)
         step = _Step.of(schedule.kept, times, place, said)
         left = sampler.steps - 1 - place
         gap = None if pull is None or left <= pull.until else pull.strength * (pull.modes - said.clean)
@@ -159,7 +161,9 @@ class _Step(NamedTuple):
         return pulled + deviation * noise
 
 
-def _by_solver(denoiser: Denoiser, classes: Tensor, latents: Tensor, sampler: Sampler, times: Tensor) -> Tensor:
+def _by_solver(
+    denoiser: Denoiser, ask: Replayed, classes: Tensor, latents: Tensor, sampler: Sampler, times: Tensor
+) -> Tensor:
     """DPM-Solver++ of diffusers (Lu et al., arXiv 2211.01095), on predictions of the clean latent."""
     from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
@@ -171,6 +175,6 @@ def _by_solver(denoiser: Denoiser, classes: Tensor, latents: Tensor, sampler: Sa
         warnings.simplefilter("ignore", DeprecationWarning)
         solver.set_timesteps(timesteps=times.tolist())
     for time in solver.timesteps:
-        said = denoiser.said(latents, int(time), classes, sampler.guidance, sampler.guided)
+        said = denoiser.said(latents, int(time), classes, sampler.guidance, sampler.guided, ask)
         latents = solver.step(said.clean, time, latents).prev_sample
     return latents

@@ -38,14 +38,15 @@ from torch.nn.functional import mse_loss, normalize
 
 from dsdistill.core import storage
 from dsdistill.core.config import settings_digest, to_dict
+from dsdistill.core.replay import Replayed, forget_gradients, replayable
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Preset, Run, Shared
 from dsdistill.errors import InvalidSetting
 from dsdistill.experts.progress import Progress, forget
 from dsdistill.experts.shelf import reserved_folder
 from dsdistill.generative.bound import variance_bound
-from dsdistill.generative.denoiser import Denoiser, lowered
-from dsdistill.generative.growing import Budget, follow, repeated
+from dsdistill.generative.denoiser import Denoiser
+from dsdistill.generative.growing import Budget, Noised, follow, repeated
 from dsdistill.generative.method import Drawing
 from dsdistill.generative.models import identity_of_latents
 from dsdistill.generative.sampling import DIT
@@ -148,39 +149,38 @@ class Minimax(Drawing):
             parameter.requires_grad_()
         weights = nn.ParameterList(trained.values())
         average = copy.deepcopy(weights).requires_grad_(False)
-        optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(weights, lr=self.lr, weight_decay=0.0, **replayable(run.device))
         memories = Memories(some, self.memory, latents[0].numel(), run.device)
         rng = Rng(run.rng.seed, device=run.device).within("minimax", phase)
 
-        def step(number: int) -> Tensor:
-            loss = self._loss(model, memories, latents, classes, rng.at("step", number, device=run.device))
+        def update(*drawn: Tensor) -> Tensor:
             optimizer.zero_grad()
+            loss = self._loss(model, memories, Noised(*drawn))
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             follow(average, weights, self.decay)
             return loss.detach()
 
+        replayed = Replayed(update, run.device)
+
+        def step(number: int) -> Tensor:
+            generator = rng.at("step", number, device=run.device)
+            return replayed(*Noised.drawn(latents[None], classes, self.batch_size, model.schedule.times, generator))
+
         model.train()
         state = nn.ModuleDict({"weights": weights, "average": average, "memories": memories})
         kept = Progress(folder, state, optimizer)
         repeated(run, "minimax", Budget(self.iterations), kept, step, mend="lower lr")
+        forget_gradients(weights)
         return {name: parameter.detach().cpu() for name, parameter in zip(trained, average, strict=True)}
 
-    def _loss(
-        self, model: Denoiser, memories: "Memories", latents: Tensor, classes: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        schedule, device, size = model.schedule, latents.device, self.batch_size
-        rows = torch.randint(len(latents), (size,), generator=generator, device=device)
-        times = torch.randint(schedule.times, (size,), generator=generator, device=device)
-        drop = torch.rand(size, generator=generator, device=device) < 0.1
-        clean, own = latents[rows], classes[rows]
-        noise = torch.randn(clean.shape, generator=generator, device=device)
+    def _loss(self, model: Denoiser, memories: "Memories", seen: Noised) -> Tensor:
+        schedule, (clean, noise, times, own, drop) = model.schedule, seen
         noisy = schedule.noisy(clean, noise, times)
-        with lowered(device):
-            raw = model(noisy, times, own, drop).float()
+        raw = model.predicted(noisy, times, own, drop)
         found = raw[:, : clean.shape[1]]
         predicted = schedule.clean(found, noisy, times)[0].flatten(1)
-        weight = schedule.at(times, clean).flatten() if self.weighted else torch.ones(size, device=device)
+        weight = schedule.at(times, clean).flatten() if self.weighted else torch.ones_like(predicted[:, 0])
         real, drawn = memories.terms(predicted, own, weight)
         memories.add(clean.flatten(1), predicted.detach(), own)
         loss: Tensor = mse_loss(found, schedule.target(clean, noise, times))
@@ -243,7 +243,7 @@ class Memories(nn.Module):
         slots = (self.count[classes] + before) % self.real.shape[1]
         self.real[classes, slots] = normalize(real, dim=1)
         self.drawn[classes, slots] = normalize(drawn, dim=1)
-        self.count += torch.bincount(classes, minlength=len(self.count))
+        self.count.index_add_(0, classes, torch.ones_like(classes))
 
 
 def tunable(model: Denoiser) -> dict[str, nn.Parameter]:

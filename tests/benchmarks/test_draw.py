@@ -43,7 +43,7 @@ def test_images_that_are_others_are_refused(draw, monkeypatch):
 
 
 def _unguided(said):
-    return lambda self, noisy, time, classes, guidance, guided=None: said(self, noisy, time, classes, 1.0)
+    return lambda self, noisy, time, classes, *rest: said(self, noisy, time, classes, 1.0)
 
 
 @pytest.mark.parametrize("program", ["loops", "dsdistill"])

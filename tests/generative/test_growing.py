@@ -18,7 +18,15 @@ from dsdistill.experts.progress import Progress
 from dsdistill.generative import growing
 from dsdistill.generative.autoencoder import KL
 from dsdistill.generative.denoiser import small_transformer
-from dsdistill.generative.growing import SIZES, Budget, denoising_loss, grow_autoencoder, grow_denoiser, repeated
+from dsdistill.generative.growing import (
+    SIZES,
+    Budget,
+    Noised,
+    denoising_loss,
+    grow_autoencoder,
+    grow_denoiser,
+    repeated,
+)
 from dsdistill.testing import toy_source
 
 SIZE = replace(SIZES["nano"], batch=8, lr=0.01)
@@ -131,12 +139,13 @@ def test_a_tenth_of_labels_is_left_out():
     class Asked(nn.Module):
         schedule = small_transformer((1, 2, 2), 2, 1, 1, 4, Rng(0)).schedule
 
-        def forward(self, noisy, times, classes, drop):
+        def predicted(self, noisy, times, classes, drop):
             asked.append(drop.float().mean())
             return torch.zeros_like(noisy)
 
     for seed in range(20):
-        denoising_loss(Asked(), latents, torch.arange(2), 500, torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        denoising_loss(Asked(), Noised.drawn(latents, torch.arange(2), 500, 1000, generator))
     assert float(torch.stack(asked).mean()) == pytest.approx(0.1, abs=0.01)
 
 

@@ -364,7 +364,8 @@ def test_training_lowers_the_loss(source):
         model = model_of(run_of(source), Models(samples=samples))
         latents = latents_of(run_of(source), Models(samples=samples)) * model.autoencoder.scale
         generator = torch.Generator().manual_seed(0)
-        losses.append(float(growing.denoising_loss(model.denoiser, latents, source.targets, 400, generator)))
+        seen = growing.Noised.drawn(latents, source.targets, 400, 1000, generator)
+        losses.append(float(growing.denoising_loss(model.denoiser, seen)))
     assert losses[1] < 0.96 * losses[0]  # of noise, in which there is little to learn
 
 

@@ -138,6 +138,7 @@ def learned_slowly(method, model, latents, classes, rng):
     for number in range(method.iterations):
         generator = rng.at("step", number)
         rows = torch.randint(len(latents), (method.batch_size,), generator=generator)
+        torch.randint(1, (method.batch_size,), generator=generator)  # mirrored latents stand among the others
         times = torch.randint(1000, (method.batch_size,), generator=generator)
         drop = torch.rand(method.batch_size, generator=generator) < 0.1
         noise = torch.randn(method.batch_size, *latents.shape[1:], generator=generator)

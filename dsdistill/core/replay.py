@@ -1,0 +1,106 @@
+"""Work that a CUDA device repeats without being asked for each kernel anew.
+
+The kernels of a small network take a GPU less time than Python takes to ask for them: a training step of a transformer
+of eight layers may take 48 ms, of which the device works 6. Recorded once as a CUDA graph, it is one call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM = 2
+"""Calls that are made as they are, before one is recorded: libraries and optimisers set themselves up in them."""
+
+
+class Replayed:
+    """A function of tensors that on CUDA is recorded at its third call, and replayed from then on.
+
+    On other devices it is called each time. The function may change parameters, buffers and moments in place, which
+    must stay where they are in memory; it draws nothing at random, waits for nothing, and reads no tensor of the host:
+    what changes from call to call is an argument, or a tensor on the device.
+
+    Args:
+        function: of tensors on ``device``, to a tensor.
+        device: where it works.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+        self.function, self.device = function, device
+        self._calls = 0
+        self._graph: Any = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._output: Tensor | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Its result for inputs of the shapes and types of the first call.
+
+        Raises:
+            ValueError: they have others.
+        """
+        if self.device.type != "cuda":
+            return self.function(*inputs)
+        self._calls += 1
+        if self._calls == 1:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._kinds = [(one.shape, one.dtype) for one in inputs]
+        if [(one.shape, one.dtype) for one in inputs] != self._kinds:
+            raise ValueError(f"recorded for {self._kinds}")
+        if self._calls <= WARM:
+            return self._aside(inputs)
+        if self._graph is None:
+            self._record(inputs)
+        else:
+            for kept, new in zip(self._inputs, inputs, strict=True):
+                kept.copy_(new)
+        self._graph.replay()
+        assert self._output is not None
+        return self._output.clone()  # the next replay overwrites it
+
+    def _aside(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """A call as it is, on the stream that is recorded later: what autograd keeps belongs to that stream."""
+        here = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            found = self.function(*inputs)
+        here.wait_stream(self._stream)
+        return found
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(one.clone() for one in inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._output = self.function(*self._inputs)
+        self._graph = graph
+
+
+class Rate:
+    """The step size of an optimiser, that may change from step to step though steps are replayed.
+
+    Args:
+        optimizer: whose groups all have it.
+        device: of its parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self.optimizer = optimizer
+        self._there = torch.zeros((), device=device) if device.type == "cuda" else None
+
+    def set(self, value: float) -> None:
+        """For the next step."""
+        if self._there is not None:
+            self._there.fill_(value)
+        for group in self.optimizer.param_groups:
+            group["lr"] = value if self._there is None else self._there
+
+
+def replayable(device: torch.device) -> dict[str, Any]:
+    """Options of Adam and AdamW whose steps are part of what is replayed."""
+    return {"fused": True, "capturable": True} if device.type == "cuda" else {}
+
+
+def forget_gradients(module: nn.Module) -> None:
+    """Free the gradients of parameters, and with them the memory of a recorded step."""
+    for parameter in module.parameters():
+        parameter.grad = None
