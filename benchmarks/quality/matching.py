@@ -6,8 +6,9 @@ against the same without. With ``--protocols dsa fyi`` sets are scored under bot
 the 2x2 of FYI: a gain within one protocol is the wrapper's, a difference between protocols is the evaluator's.
 
 Plans: "short" for two CPU cores, every method with about the same time; "drawn" for those that draw their images, on
-digits, each with and without fusion, from the same models; "published" takes the settings of the papers
-(`Synthesizer.preset`) and wants a GPU. Sets and scores stay in ``--runs``: the same command continues.
+digits, each with and without fusion, from the same models; "drawn_gpu" for some of them, with models for a GPU;
+"published" takes the settings of the papers (`Synthesizer.preset`) and wants a GPU. Sets and scores stay in ``--runs``:
+the same command continues.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from dsdistill.evaluation import EvaluationProtocol, Score, paired_difference
 from dsdistill.generative.method import Drawing
 from dsdistill.matching import TrajectoryMatching
 from dsdistill.methods import Diffusion
+from dsdistill.networks import NetworkSpec
 
 RANDOM = "RandomReal"
 
@@ -67,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--protocols", nargs="+", default=argparse.SUPPRESS, help="default: the plan's")
     parser.add_argument("--seeds", type=int, default=argparse.SUPPRESS, help="synthesis seeds")
     parser.add_argument("--networks", type=int, default=argparse.SUPPRESS, help="networks per seed")
+    parser.add_argument("--network", default=argparse.SUPPRESS, help="name of the network of the evaluation")
     parser.add_argument("--epochs", type=int, default=argparse.SUPPRESS, help="epochs of the evaluation")
     parser.add_argument("--tag", default="", help="added to the name of the result file")
     parser.add_argument("--device")
@@ -78,6 +81,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     asked = {name: value for name, value in vars(options).items() if name in ("seeds", "networks", "epochs")}
+    asked |= {"network": NetworkSpec(options.network)} if "network" in options else {}
     part = f"{options.per_class}per-class" if options.per_class else ""
     plan: Plan = replace(PLANS[options.plan], **asked)
     device, started = resolve_device(options.device), commit()
@@ -153,7 +157,8 @@ def scored(
         seconds.append(storage.read_json(clock)["seconds"])
         losses.append(ends_of_loss(out / "run" / "metrics.jsonl"))
         for name, protocol in protocols.items():
-            kept = out.with_suffix(f".{slug(name)}-{protocol.epochs}-{plan.networks}.json")
+            network = slug(protocol.network.name)
+            kept = out.with_suffix(f".{slug(name)}-{network}-{protocol.epochs}-{plan.networks}.json")
             if not kept.exists():
                 options: dict[str, Any] = {"repeats": plan.networks, "baselines": (), "seed": seed}
                 result = dd.evaluate(made, source, protocol=protocol, device=source.device, **options)

@@ -224,7 +224,29 @@ def _drawn_digits(ipc: int) -> dict[str, Synthesizer]:
     return _drawn(Models(samples=500_000), 600, Fusion(), ipc)
 
 
+def _drawn_gpu(ipc: int) -> dict[str, Synthesizer]:
+    """Models that a GPU trains in about three minutes, with and without what each method adds to plain drawing."""
+    models = Models(size="small", max_seconds=120)
+    return {
+        "RandomReal": RandomReal(ipc=ipc),
+        "Diffusion": Diffusion(ipc=ipc, models=models),
+        "MGD3": MGD3(ipc=ipc, models=models),
+        f"EVLF, {FUSED}": EVLF(ipc=ipc, models=models),
+        "Minimax": Minimax(ipc=ipc, models=models, iterations=4000, decay=0.999),
+        "D4M": D4M(ipc=ipc, models=models),
+    }
+
+
 PLANS = {
+    "drawn_gpu": Plan(
+        _drawn_gpu,
+        family="drawn",
+        default="minimax",
+        bases={f"EVLF, {FUSED}": "MGD3", "Minimax": "Diffusion"},
+        networks=1,
+        epochs=300,
+        network=NetworkSpec(),
+    ),
     "drawn": Plan(
         _drawn_digits,
         family="drawn",

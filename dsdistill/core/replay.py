@@ -4,14 +4,22 @@ The kernels of a small network take a GPU less time than Python takes to ask for
 of eight layers may take 48 ms, of which the device works 6. Recorded once as a CUDA graph, it is one call.
 """
 
+import logging
+import os
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+logger = logging.getLogger("dsdistill")
 WARM = 2
 """Calls that are made as they are, before one is recorded: libraries and optimisers set themselves up in them."""
+WORTH_COMPILING = 5000
+"""Calls of a training step from which on half a minute of compilation is won back."""
+_streams: dict[torch.device, Any] = {}  # one for each device: libraries keep tens of megabytes for every stream
 
 
 class Replayed:
@@ -43,7 +51,9 @@ class Replayed:
             return self.function(*inputs)
         self._calls += 1
         if self._calls == 1:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            if self.device not in _streams:
+                _streams[self.device] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            self._stream = _streams[self.device]
             self._kinds = [(one.shape, one.dtype) for one in inputs]
         if [(one.shape, one.dtype) for one in inputs] != self._kinds:
             raise ValueError(f"recorded for {self._kinds}")
@@ -73,6 +83,19 @@ class Replayed:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._output = self.function(*self._inputs)
         self._graph = graph
+
+
+def compiled(function: Callable[..., Tensor], device: torch.device, calls: int) -> Callable[..., Tensor]:
+    """The function, fused by torch's compiler where that pays: on CUDA, for many calls of the same shapes."""
+    if device.type != "cuda" or calls < WORTH_COMPILING:
+        return function
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if find_spec("triton") is None or compiler is None:
+        lacking = "triton" if compiler is not None else "a C compiler"
+        logger.warning("this training is not compiled, and takes about twice as long: %s is not installed", lacking)
+        return function
+    result: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+    return result
 
 
 class Rate:

@@ -24,7 +24,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from dsdistill.core.device import synchronize
-from dsdistill.core.replay import WARM, Rate, Replayed, forget_gradients, replayable
+from dsdistill.core.replay import WARM, Rate, Replayed, compiled, forget_gradients, replayable
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run
 from dsdistill.errors import InvalidSetting, Stopped
@@ -44,7 +44,7 @@ class Size:
     """How large a model is, and how long it is trained.
 
     ``pca``: closed-form autoencoder; ``layers``, ``heads`` of ``width`` each; latents in a ``batch``; step size ``lr``;
-    latents seen, ``samples``; passes of the KL autoencoder, ``passes``.
+    latents seen, ``samples``; images that a KL autoencoder sees, ``images``.
     """
 
     pca: bool
@@ -54,7 +54,7 @@ class Size:
     batch: int
     lr: float
     samples: int
-    passes: int = 40
+    images: int = 500_000
 
 
 SIZES: Mapping[str, Size] = {
@@ -141,17 +141,18 @@ def repeated(
 
 
 def grow_autoencoder(
-    run: Run, model: KL, fetch: Callable[[Tensor], Tensor], count: int, passes: int, rng: Rng, folder: Path | None
+    run: Run, model: KL, fetch: Callable[[Tensor], Tensor], count: int, images: int, rng: Rng, folder: Path | None
 ) -> None:
     """Train it in place, and give its latents unit deviation by ``stored_scale``.
 
     Args:
         fetch: squares (B, C, S, S) of real images by their rows, on the device.
         count: of real images.
+        images: to see.
     """
-    optimizer = torch.optim.Adam(model.model.parameters(), lr=2e-4, **replayable(run.device))
+    optimizer = torch.optim.Adam(model.model.parameters(), lr=5e-4, **replayable(run.device))
     batch = min(128, count)
-    budget = Budget(passes * max(1, count // batch))
+    budget = Budget(max(1, images // batch))
 
     def update(squares: Tensor, spread: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -217,12 +218,13 @@ def grow_denoiser(
 
     def update(*drawn: Tensor) -> Tensor:
         optimizer.zero_grad()
-        loss = denoising_loss(denoiser, Noised(*drawn))
+        loss = denoising_loss(denoiser, Noised(*drawn), ask)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
         return loss.detach()
 
+    ask = compiled(denoiser.predicted, device, 0 if run.shared.rehearsal else budget.steps)
     replayed, rate = Replayed(update, device), Rate(optimizer, device)
 
     def step(number: int) -> Tensor:
@@ -272,11 +274,11 @@ class Noised(NamedTuple):
         return cls(clean, noise, own, classes[rows], drop)
 
 
-def denoising_loss(denoiser: Denoiser, seen: Noised) -> Tensor:
-    """Mean squared error of what a denoiser predicts."""
-    schedule = denoiser.schedule
+def denoising_loss(denoiser: Denoiser, seen: Noised, ask: Callable[..., Tensor] | None = None) -> Tensor:
+    """Mean squared error of what a denoiser predicts; ``ask`` is its `predicted`, or the same compiled."""
+    schedule, ask = denoiser.schedule, denoiser.predicted if ask is None else ask
     noisy = schedule.noisy(seen.clean, seen.noise, seen.times)
-    found = denoiser.predicted(noisy, seen.times, seen.classes, seen.drop)
+    found = ask(noisy, seen.times, seen.classes, seen.drop)
     return mse_loss(found.float()[:, : noisy.shape[1]], schedule.target(seen.clean, seen.noise, seen.times))
 
 

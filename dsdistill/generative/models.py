@@ -8,7 +8,7 @@
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from weakref import WeakKeyDictionary
@@ -219,6 +219,7 @@ def _identity(source: ImageSource, models: Models) -> dict[str, Any]:
     return {
         "version": STORED_AS,
         "models": to_dict(models),
+        "size": None if models.weights is not None else asdict(SIZES[models.size]),
         "images": _images(source),
     }
 
@@ -282,7 +283,7 @@ def _grown(run: Run, models: Models, folder: Path | None) -> LatentModel:
     else:
         model = small_kl(frame.channels, frame.side, halvings(max(source.shape[1:])), rng).to(run.device)
         place = None if folder is None else folder / "autoencoder"
-        grow_autoencoder(run, model, fetch, len(source), size.passes, rng, place)
+        grow_autoencoder(run, model, fetch, len(source), size.images, rng, place)
         autoencoder = model
     blank = LatentModel(frame, autoencoder, _blank_denoiser(run, models, autoencoder), ())
     latents = _encoded(run, blank)

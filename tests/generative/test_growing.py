@@ -49,7 +49,7 @@ def test_an_autoencoder_takes_the_steps_of_its_formula(mirror_safe):
     model = KL(pipelines.autoencoder().double(), 8, 1.0)
     expected = copy.deepcopy(model.model)
     grow_autoencoder(run_of(source), model, lambda rows: squares[rows], 8, 3, Rng(0), None)
-    optimizer = torch.optim.Adam(expected.parameters(), lr=2e-4)
+    optimizer = torch.optim.Adam(expected.parameters(), lr=5e-4)
     for number in range(3):
         generator = Rng(0).at("autoencoder", number)
         images = squares[torch.randint(8, (8,), generator=generator)]

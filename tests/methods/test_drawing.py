@@ -371,7 +371,7 @@ def test_training_lowers_the_loss(source):
 
 def test_a_kl_autoencoder_has_unit_latents(monkeypatch):
     source = toy_source(classes=2, per_class=16, shape=(3, 16, 16))
-    brief = replace(growing.SIZES["small"], passes=3, samples=16, layers=1, heads=2, width=8, batch=8)
+    brief = replace(growing.SIZES["small"], images=96, samples=16, layers=1, heads=2, width=8, batch=8)
     monkeypatch.setitem(growing.SIZES, "small", brief)
     model = model_of(run_of(source), Models(size="small"))
     latents = latents_of(run_of(source), Models(size="small")) * model.autoencoder.scale
