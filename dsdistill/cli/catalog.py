@@ -1,14 +1,17 @@
 """Verbs that tell what there is: methods, show."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from dsdistill.cli.options import Verb, say
+from dsdistill.errors import InvalidSetting
 
 if TYPE_CHECKING:
+    from dsdistill.core.config import FieldInfo
     from dsdistill.engine import Preset
 
 
@@ -26,22 +29,26 @@ def _methods(config: Namespace) -> Any:
 
 
 def _show_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("method", type=str, help="Name of a method.")
+    parser.add_argument("method", type=str, help="Name of a method, or of a setting of one: EVLF.models.weights.")
 
 
 def _show(config: Namespace) -> Any:
-    from dsdistill.core.config import describe, to_dict
+    from dsdistill.core.config import describe, inner_classes, to_dict
     from dsdistill.methods import get_method
 
-    cls = get_method(config.method.rpartition("+")[2])  # of "FYI+DM", what has settings and presets
+    name, *inner = config.method.rpartition("+")[2].split(".")  # of "FYI+DM", what has settings and presets
+    cls = get_method(name)
+    if inner:
+        return _show_setting(config, cls, inner)
     settings = describe(cls)
     summary = (cls.__doc__ or "").strip().splitlines()[0]
     needs = f"Of its network it needs: {', '.join(cls.network_needs)}" if cls.network_needs else ""
     lines = [f"{cls.__name__}: {summary}", f"Paper: {cls.paper}", *([needs] if needs else []), ""]
-    width = max(len(field.name) for field in settings)
-    for field in settings:
-        default = "required" if field.default is MISSING else f"default {field.default!r}"
-        lines += [f"  {field.name.ljust(width)}  {field.type}, {default}", f"  {' ' * width}  {field.doc}"]
+    lines += _setting_lines(settings)
+    nested = [field.name for field in settings if inner_classes(cls, field.name)]
+    if nested:
+        lines += ["", f"Settings of settings: dsdistill show {cls.__name__}.{nested[0]}"]
+        lines[-1] += f" ({', '.join(nested[1:])} likewise)" if nested[1:] else ""
     if cls.presets:
         first = next(iter(cls.presets))
         lines += ["", f"Presets, as --preset {first} or dd.methods.{cls.__name__}.preset({first!r}):"]
@@ -52,20 +59,64 @@ def _show(config: Namespace) -> Any:
         "summary": summary,
         "paper": cls.paper,
         "network_needs": list(cls.network_needs),
-        "settings": [
-            {
-                "name": field.name,
-                "type": field.type,
-                "required": field.default is MISSING,
-                "default": None if field.default is MISSING else to_dict(field.default),
-                "doc": field.doc,
-            }
-            for field in settings
-        ],
+        "settings": _as_json(settings),
         "presets": {
             name: {"source": source, "settings": to_dict(changes)} for name, (source, changes) in cls.presets.items()
         },
     }
+
+
+def _show_setting(config: Namespace, cls: type, path: Sequence[str]) -> Any:
+    """The classes that a setting can be of, with their settings."""
+    from dsdistill.core.config import check_names, describe, inner_classes
+
+    kinds = {cls.__name__: cls}
+    for depth, name in enumerate(path):
+        having = [kind for kind in kinds.values() if name in {field.name for field in fields(kind)}]
+        for kind in [] if having else kinds.values():
+            check_names(kind, [name])
+        kinds = {key: kind for one in having for key, kind in inner_classes(one, name).items()}
+        if not kinds:
+            place = ".".join((cls.__name__, *path[: depth + 1]))
+            raise InvalidSetting("show", place, f"a setting that has settings: {place} is {_type_of(having[0], name)}")
+    place, lines, told = ".".join(path), [], []
+    for kind in kinds.values():
+        settings = describe(kind)
+        summary = (inspect.getdoc(kind) or "").splitlines()[0]
+        lines += ["", f"{kind.__name__}: {summary}", "", *_setting_lines(settings)]
+        told.append({"name": kind.__name__, "summary": summary, "settings": _as_json(settings)})
+    how = f"As --method.{place}.NAME VALUE, in a sweep as --set {place}.NAME=VALUE"
+    say(config, "\n".join([f"{cls.__name__}.{place}", *lines, "", how]))
+    return {"setting": f"{cls.__name__}.{place}", "classes": told}
+
+
+def _type_of(cls: type, name: str) -> str:
+    from dsdistill.core.config import describe
+
+    return next(field.type for field in describe(cls) if field.name == name)
+
+
+def _setting_lines(settings: "Sequence[FieldInfo]") -> list[str]:
+    width, lines = max((len(field.name) for field in settings), default=0), []
+    for field in settings:
+        default = "required" if field.default is MISSING else f"default {_brief(field.default)}"
+        lines += [f"  {field.name.ljust(width)}  {field.type}, {default}", f"  {' ' * width}  {field.doc}"]
+    return lines
+
+
+def _as_json(settings: "Sequence[FieldInfo]") -> list[dict[str, Any]]:
+    from dsdistill.core.config import to_dict
+
+    return [
+        {
+            "name": field.name,
+            "type": field.type,
+            "required": field.default is MISSING,
+            "default": None if field.default is MISSING else to_dict(field.default),
+            "doc": field.doc,
+        }
+        for field in settings
+    ]
 
 
 def _changes(key: str, value: Any, default: Any) -> str:
@@ -105,7 +156,7 @@ VERBS = {
     ),
     "show": Verb(
         "Explain a method: its settings, defaults, presets and paper.",
-        "  dsdistill show DM",
+        "  dsdistill show DM\n  dsdistill show EVLF.models.weights",
         _show_arguments,
         _show,
     ),

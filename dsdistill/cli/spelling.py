@@ -10,6 +10,7 @@ _NETWORK = re.compile(r"--(\w+\.)*network")
 _PARAMETERIZATION = re.compile(r"(--method(?:\.\w+)*)\.parameterization((?:\.\w+)*)")
 _FORMS = {"pixels": "Plain", "tiles": "Tiled"}
 _LISTS = ("--classes", "--mean", "--std")
+_NUMBERS = ".class_ids"
 _SIZE = "--load.image_size"
 
 
@@ -17,9 +18,9 @@ def as_parsed(arguments: Sequence[str]) -> list[str]:
     """Arguments with short forms and other names written out; all others stay as they are.
 
     ``--network NAME`` names a network, wherever it is a setting; ``--load.image_size 24,40`` or ``24x40`` gives height
-    and width; ``--classes cat,dog`` (``--mean``, ``--std``) lists values; ``--method FYI+DM`` wraps one method in
-    another, whose settings may then be written ``--method.ipc``; ``--method.parameterization tiles`` (``pixels``) is
-    what papers call ``--method.form Tiled`` (``Plain``).
+    and width; ``--classes cat,dog`` (``--mean``, ``--std``, ``...class_ids``) lists values; ``--method FYI+DM`` wraps
+    one method in another, whose settings may then be written ``--method.ipc``; ``--method.parameterization tiles``
+    (``pixels``) is what papers call ``--method.form Tiled`` (``Plain``).
     """
     written: list[str] = []
     arguments = _within(arguments)
@@ -96,6 +97,6 @@ def _written_out(option: str, value: str) -> list[tuple[str, str]]:
         return [(f"{option}.name", value)]
     if option == _SIZE and (sides := re.fullmatch(r"\s*(\d+)\s*[x,]\s*(\d+)\s*", value)):
         return [(option, f"[{sides[1]}, {sides[2]}]")]
-    if option in _LISTS and "," in value:
+    if (option in _LISTS or option.endswith(_NUMBERS)) and "," in value:
         return [(option, f"[{value}]")]
     return [(option, value)]

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def methods(names: str, assignments: Sequence[str]) -> list[Any]:
             raise InvalidSetting("--set", assignment, "SETTING=VALUE or METHOD.SETTING=VALUE")
         target, path = _target(path, fields)
         for name in target:
-            _assign(settings[name], path, _value(text), fields[name][path[0]].default)
+            _assign(settings[name], classes[name], path, _value(text))
     return [create_method(name, **_revived(cls, settings[name])) for name, cls in classes.items()]
 
 
@@ -188,18 +188,23 @@ def _target(path: list[str], fields: Mapping[str, Mapping[str, Any]]) -> tuple[l
     return having, path
 
 
-def _assign(settings: dict[str, Any], path: Sequence[str], value: Any, default: Any) -> None:
-    """Set a value; a place inside a setting changes that of its default."""
-    from dsdistill.core.config import to_dict
+def _assign(settings: dict[str, Any], cls: type, path: Sequence[str], value: Any) -> None:
+    """Set a value; a place inside a setting changes that of its default, or of its class where that is null."""
+    from dsdistill.core.config import TYPE_KEY, default_of, inner_classes, to_dict
 
-    if len(path) == 1:
-        settings[path[0]] = value
-        return
-    inner = settings.setdefault(path[0], to_dict(default))
-    for name in path[1:-1]:
-        inner = inner.get(name) if isinstance(inner, dict) else None
-    if not isinstance(inner, dict):
-        raise InvalidSetting("--set", ".".join(path), f"{path[0]} has no settings of its own")
+    inner, kind = settings, cls
+    for depth, name in enumerate(path[:-1]):
+        known = inner_classes(kind, name) if name in {field.name for field in fields(kind)} else {}
+        found = inner.get(name)
+        if found is None and inner is settings:
+            found = to_dict(default_of(cls, name))
+        if found is None and len(known) == 1:
+            found = {TYPE_KEY: next(iter(known))}
+        if not isinstance(found, dict) or found.get(TYPE_KEY) not in known:
+            place = ".".join(path[: depth + 1])
+            among = f"; choose one as {place}='{{\"type\": ...}}' of {', '.join(known)}" if len(known) > 1 else ""
+            raise InvalidSetting("--set", ".".join(path), f"{place} has no settings of its own{among}")
+        inner[name], inner, kind = found, found, known[found[TYPE_KEY]]
     inner[path[-1]] = value
 
 

@@ -203,6 +203,33 @@ def type_name(hint: Any) -> str:
     return str(hint).replace("typing.", "")
 
 
+def inner_classes(cls: type, name: str) -> dict[str, type]:
+    """Settings classes, by name, of which a setting can be; those of ``Fusion | None`` are {"Fusion": Fusion}."""
+    return _inner(_hints(cls)[name])
+
+
+def default_of(cls: type, name: str) -> Any:
+    """The default of a setting, or `dataclasses.MISSING`."""
+    return _default(next(field for field in dataclasses.fields(cls) if field.name == name))
+
+
+def _inner(hint: Any) -> dict[str, type]:
+    found: dict[str, type] = {}
+    for option in _classes(hint):
+        children = _subclasses(option).items()
+        found |= {name: one for name, one in children if dataclasses.is_dataclass(one) and not inspect.isabstract(one)}
+    return found
+
+
+def _classes(hint: Any) -> list[type]:
+    return [option for option in _options(hint) if isinstance(option, type) and option is not type(None)]
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one that there is."""
+    return typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
+
+
 def _default(field: "dataclasses.Field[Any]") -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
@@ -217,11 +244,13 @@ def _subclasses(cls: type[T]) -> dict[str, type[T]]:
 
 
 def _revive(hint: Any, value: Any) -> Any:
-    options = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
+    options = _options(hint)
     if isinstance(value, Mapping):
-        for option in options:
-            if isinstance(option, type) and TYPE_KEY in value:
-                return from_dict(option, value)
+        classes, known = _classes(hint), _inner(hint)
+        if TYPE_KEY in value and classes:
+            return from_dict(known.get(str(value[TYPE_KEY]), classes[0]), value)
+        if len(known) == 1:
+            return from_dict(next(iter(known.values())), value)
     if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in (hint, *options)):
         return tuple(value)
     return value

@@ -3,7 +3,7 @@
 from dsdistill.engine.rehearsal import Estimate, estimate
 from dsdistill.engine.run import synthesize
 from dsdistill.engine.shared import Rehearsal, Shared
-from dsdistill.engine.synthesizer import Job, Metrics, PerClass, Preset, Run, State, Synthesizer, frozen
+from dsdistill.engine.synthesizer import Job, Metrics, PerClass, Preset, Run, State, Synthesizer, frozen, no_method
 
 __all__ = [
     "Estimate",
@@ -18,5 +18,6 @@ __all__ = [
     "Synthesizer",
     "estimate",
     "frozen",
+    "no_method",
     "synthesize",
 ]

@@ -26,7 +26,7 @@ class Estimate:
 
     ``seconds`` of all steps; ``memory`` is the peak in bytes, of the process (its data and libraries included) on the
     CPU and of what torch allocates on a GPU; ``disk`` is the most the output folder will hold at a time, in bytes,
-    and ``store`` what the run will add to the store of experts; ``chunk`` images pass the network at a time.
+    and ``store`` what the run will add to the store of trained networks; ``chunk`` images pass the network at a time.
     ``free_memory`` and ``free_disk`` are what there is after the rehearsal (``free_disk`` None where no folder was
     named).
     """
@@ -49,11 +49,12 @@ class Estimate:
 
     def __str__(self) -> str:
         disk = f" of {shown_size(self.free_disk)} free" if self.free_disk is not None else ""
-        store = [f"  store   {shown_size(self.store)} of experts, kept for other runs"] if self.store else []
+        store = [f"  store   {shown_size(self.store)} of trained networks, kept for other runs"] if self.store else []
+        work = f"{self.steps} steps, judged by {self.rehearsed}" if self.steps else "without steps, judged by a trial"
         kind = "of the process" if self.device == "cpu" else "on the device"
         return "\n".join(
             (
-                f"{self.method} on {self.device}, {self.steps} steps, judged by {self.rehearsed}:",
+                f"{self.method} on {self.device}, {work}:",
                 f"  time    {shown_duration(self.seconds)}",
                 f"  memory  {shown_size(self.memory)} at its peak {kind}; {shown_size(self.free_memory)} more are free",
                 f"  disk    {shown_size(self.disk)}{disk}",

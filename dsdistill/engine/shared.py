@@ -94,7 +94,7 @@ class Rehearsal:
     Attributes:
         seconds: time that the whole preparation takes beyond what was done.
         disk: bytes that it leaves in the output folder until the run is finished.
-        stored: bytes that it leaves in the store of experts.
+        stored: bytes that it leaves in the store.
     """
 
     def __init__(self) -> None:

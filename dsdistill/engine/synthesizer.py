@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from annotated_types import Ge
@@ -120,6 +120,15 @@ def frozen(network: nn.Module) -> nn.Module:
         if isinstance(part, _DropoutNd):
             part.eval()
     return network.requires_grad_(False)
+
+
+_Shared = TypeVar("_Shared", bound="Synthesizer")
+
+
+def no_method(cls: type[_Shared]) -> type[_Shared]:
+    """Mark what methods share, and is none by itself: it cannot be made, and no list of methods has it."""
+    cls.__abstractmethods__ = cls.__abstractmethods__ | {"paper"}
+    return cls
 
 
 @dataclass(frozen=True, kw_only=True)

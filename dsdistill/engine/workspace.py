@@ -26,7 +26,7 @@ import filelock
 from dsdistill.core import storage
 from dsdistill.engine import checkpoint
 from dsdistill.engine.synthesizer import Job, State
-from dsdistill.errors import BadArtifact, OutputConflict, OutputLocked
+from dsdistill.errors import BadArtifact, DistillError, OutputConflict, OutputLocked, Stopped
 from dsdistill.recipe import Recipe
 from dsdistill.synthetic import MANIFEST, SyntheticDataset, read_manifest
 
@@ -81,8 +81,16 @@ class Workspace:
             self.record(self.recipe)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, DistillError) and not isinstance(error, Stopped) and self._nothing_kept:
+            (self.run / _RUN).unlink(missing_ok=True)  # a refused run does not keep the folder from the mended one
         self._lock.release()
+
+    @property
+    def _nothing_kept(self) -> bool:
+        kept = (self.run / "jobs", self.shared, self.run / "last-good")
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return not (self.finished or logged or any(any(folder.rglob("*.*")) for folder in kept))
 
     def record(self, recipe: Recipe) -> None:
         """Write down how the set is being made, for whoever goes on with the run."""
@@ -247,4 +255,11 @@ def differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """What makes two runs the same run; where and under which versions they ran only touches the last bits."""
     content = recipe.to_json()
-    return {key: content[key] for key in ("method", "seed", "source")}
+    return {key: _without_downloads(content[key]) for key in ("method", "seed", "source")}
+
+
+def _without_downloads(content: Any) -> Any:
+    """Settings without what only says whether files may be fetched."""
+    if isinstance(content, dict):
+        return {key: _without_downloads(value) for key, value in content.items() if key != "download"}
+    return [_without_downloads(one) for one in content] if isinstance(content, list) else content

@@ -152,8 +152,8 @@ def _trained(
     kept = Progress(folder / _PROGRESS if folder else None, network, optimizer)
     begin = kept.read()
     if run.shared.rehearsal is None:
-        left = training.epochs - begin
-        logger.info("training the teacher %s, %d of %d epochs", teacher_name(spec), left, training.epochs)
+        behind = f", {begin} of them are done" if begin else ""
+        logger.info("training the teacher %s: %d epochs%s", teacher_name(spec), training.epochs, behind)
     if begin < training.epochs:
         shown = progress and run.shared.rehearsal is None
         bar = tqdm(

@@ -165,7 +165,7 @@ class Denoiser(nn.Module):
         if asked == 2:
             told, plain = raw.chunk(2)
             raw = told.clone()
-            some = slice(0, channels if guided is None else min(guided, channels))
+            some = slice(0, channels if guided is None else guided)
             raw[:, some] = plain[:, some] + guidance * (told[:, some] - plain[:, some])
         variance = (raw[:, channels:] + 1) / 2 if raw.shape[1] == 2 * channels else None
         clean, noise = self.schedule.clean(raw[:, :channels], noisy, times[: len(noisy)])

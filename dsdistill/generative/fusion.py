@@ -102,6 +102,9 @@ class Fusion:
             raise InvalidSetting("Fusion.closeness", self.closeness, "two weights that are not negative")
         if self.template.count("{}") != 1:
             raise InvalidSetting("Fusion.template", self.template, "exactly one {}, where the name of the class goes")
+        if self.text is not None and self.text_width != Fusion.text_width:
+            told = "left out beside text, whose states are as wide as they are"
+            raise InvalidSetting("Fusion.text_width", self.text_width, told)
         if self.text is None and (self.revision is not None or self.download):
             given = "revision" if self.revision is not None else "download"
             raise InvalidSetting(f"Fusion.{given}", getattr(self, given), "left out, unless text names an encoder")

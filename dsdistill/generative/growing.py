@@ -122,7 +122,8 @@ def repeated(
     budget.done = kept.read()
     if rehearsal is None and not budget.over:
         limit = "" if budget.seconds is None else f", for at most {budget.seconds:.0f} s"
-        logger.info("training %s, %d of %d steps%s", what, budget.steps - budget.done, budget.steps, limit)
+        behind = f", {budget.done} of them are done" if budget.done else ""
+        logger.info("training %s: %d steps%s%s", what, budget.steps, behind, limit)
     losses: list[Tensor] = []
     with tqdm(total=budget.steps, initial=budget.done, desc=what, unit="step", disable=None) as bar:
         try:

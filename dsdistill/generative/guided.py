@@ -7,12 +7,13 @@ from annotated_types import Ge
 from torch import Tensor
 
 from dsdistill.data import ImageSource
-from dsdistill.engine import Run
+from dsdistill.engine import Run, no_method
 from dsdistill.errors import InvalidSetting
 from dsdistill.generative.method import Drawing
 from dsdistill.generative.sampling import Pull, Sampler, furthest
 
 
+@no_method
 @dataclass(frozen=True, kw_only=True)
 class Guided(Drawing):
     """Images that are drawn towards the modes of their class."""

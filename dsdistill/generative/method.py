@@ -11,8 +11,8 @@ from annotated_types import Ge
 from torch import Tensor
 
 from dsdistill.data import ImageSource
-from dsdistill.engine import Job, Run, Shared, State, Synthesizer
-from dsdistill.errors import BadData, Stopped
+from dsdistill.engine import Job, Run, Shared, State, Synthesizer, no_method
+from dsdistill.errors import BadData, InvalidSetting, Stopped
 from dsdistill.experts import Committee
 from dsdistill.generative.denoiser import Denoiser
 from dsdistill.generative.fused import digest_of, fused_by
@@ -31,6 +31,7 @@ from dsdistill.synthetic import SyntheticDataset
 logger = logging.getLogger("dsdistill")
 
 
+@no_method
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Synthesizer):
     """Images that a latent diffusion model draws, class by class."""
@@ -72,7 +73,7 @@ class Drawing(Synthesizer):
         if small:
             raise BadData(
                 f"{len(small)} classes of {source.name!r} have fewer than the {need} images that as many modes take: "
-                f"{', '.join(small[:5])}; lower ipc"
+                f"{', '.join(small[:5])}; lower ipc, or take Diffusion or Minimax, which need no modes"
             )
 
     def needed(self) -> int:
@@ -82,8 +83,10 @@ class Drawing(Synthesizer):
     def prepare(self, run: Run) -> None:
         if self.redraw is not None:
             Committee.of(run, self.redraw.teachers)  # refuses those of other images before any model is trained
-        self._refuse_other_weights(run)
-        self.denoiser(run)
+        guided, channels = self.sampler.guided, self.denoiser(run).channels
+        if guided is not None and guided > channels:
+            told = f"at most {channels}, the channels of these latents, or null for all"
+            raise InvalidSetting(f"{type(self).__name__}.sampler.guided", guided, told)
         if self.fusion is not None:
             self.fused(run)
 
@@ -98,6 +101,7 @@ class Drawing(Synthesizer):
             raise BadData(f"this run began with other weights: {before}; now {told}; choose another output folder")
 
     def jobs(self, run: Run) -> Sequence[Job]:
+        self._refuse_other_weights(run)
         size = self.classes_together
         parts = [run.classes[begin : begin + size] for begin in range(0, len(run.classes), size)]
         return [Job(f"classes-{part[0]:05d}", part) for part in parts]

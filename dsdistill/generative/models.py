@@ -250,8 +250,12 @@ def _save(model: LatentModel, folder: Path, identity: dict[str, Any]) -> None:
 def _found(run: Run, models: Models, folder: Path) -> LatentModel | None:
     if not (folder / MANIFEST).exists():
         return None
-    manifest = storage.read_manifest(folder / MANIFEST)
-    tensors = storage.read_listed_tensors(folder, manifest, WEIGHTS)
+    mend = f"remove {folder}, and they are trained again"
+    try:
+        manifest = storage.read_manifest(folder / MANIFEST)
+        tensors = storage.read_listed_tensors(folder, manifest, WEIGHTS)
+    except BadArtifact as error:
+        raise BadArtifact(folder, f"holds damaged models ({error}): {mend}") from error
     try:
         channels, grid, _ = map(int, manifest["latent"])
         frame = frame_of(run.source, models)
@@ -263,7 +267,7 @@ def _found(run: Run, models: Models, folder: Path) -> LatentModel | None:
         model = LatentModel(frame, autoencoder, denoiser, tuple(map(str, manifest["told"])))
         _both(model).load_state_dict(tensors)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise BadArtifact(folder / MANIFEST, f"does not describe models of these images ({error})") from error
+        raise BadArtifact(folder / MANIFEST, f"does not describe models of these images ({error}): {mend}") from error
     return _fixed(run, model)
 
 

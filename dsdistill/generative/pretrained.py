@@ -78,7 +78,12 @@ class Weights:
     """Its prompt for no class."""
 
     def __post_init__(self) -> None:
+        if self.class_ids is not None:
+            object.__setattr__(self, "class_ids", tuple(self.class_ids))
         validate(self)
+        twice = [one for one in self.class_ids or () if (self.class_ids or ()).count(one) > 1]
+        if twice:
+            raise InvalidSetting("Weights.class_ids", self.class_ids, f"each number once; {twice[0]} is there twice")
         if self.template.count("{}") != 1:
             raise InvalidSetting("Weights.template", self.template, "exactly one {}, where the name of the class goes")
         if is_checkpoint(self.path) and self.autoencoder is None:
@@ -116,9 +121,24 @@ def check_weights(weights: Weights, source: ImageSource) -> None:
         MissingWeights: something is not there. BadData: the model does not know a class.
     """
     found = _found(weights)
+    _refuse_idle(weights, found.part)
     if found.part == "transformer":
         config = _json(found.place, "transformer/config.json")
         class_ids(weights, source.classes, int(config.get("num_embeds_ada_norm") or 0), found.pipeline)
+
+
+def _refuse_idle(weights: Weights, part: str) -> None:
+    """Settings that say nothing to a model of this kind.
+
+    Raises:
+        InvalidSetting: for the first of them.
+    """
+    idle = {"class_ids": "which is told names"} if part == "unet" else {}
+    if part != "unet":
+        idle = dict.fromkeys(("template", "negative"), "which knows classes by number")
+    for name, kind in idle.items():
+        if getattr(weights, name) != getattr(Weights, name):
+            raise InvalidSetting(f"Weights.{name}", getattr(weights, name), f"left out for a model {kind}")
 
 
 def load_weights(weights: Weights, source: ImageSource) -> Pretrained:

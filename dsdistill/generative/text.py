@@ -222,6 +222,8 @@ def states_of(place: Place, prompts: Sequence[str], device: torch.device, model:
         raise MissingExtra("transformers", "text", _CLIP) from error
     network = loaded(place, library.CLIPTextModel.from_pretrained, model, "dtype", _OTHER_PARTS)
     length = int(network.config.max_position_embeddings)
+    if not (place.folder / tokenizer).is_dir():
+        raise place.missing(f"it has no folder {tokenizer}/")
     with quiet():
         try:
             reader = library.CLIPTokenizer.from_pretrained(

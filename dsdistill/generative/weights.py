@@ -80,6 +80,8 @@ def located(
             raise InvalidSetting("revision", revision, f"left out: {str(where)!r} is a folder, which has none")
         return Place(what, str(where), folder, None, expected, instead)
     tried = f"{str(where)!r}{f' at {revision}' if revision else ''}"
+    if folder.is_file():
+        raise MissingWeights(what, tried, f"a file, where a folder is wanted; expected in it are {expected}", instead)
     if not _ID.fullmatch(str(where)):
         raise MissingWeights(what, tried, f"no such folder; expected are {expected}", instead)
     hub = import_module("huggingface_hub")
@@ -91,7 +93,7 @@ def located(
     except Exception as error:  # absent, offline, private, without space: each has an error of its own
         absent = not download and type(error).__name__ == "LocalEntryNotFoundError"
         problem = f"no such folder, and {'not in the cache of the Hub' if absent else first_line(error)}"
-        allowed = "" if download else "nothing was downloaded: that needs download=True; "
+        allowed = "" if download else "nothing was downloaded: that needs the setting download (true); "
         raise MissingWeights(what, tried, f"{problem}; expected are {expected}", f"{allowed}{instead}") from error
     return Place(what, str(where), Path(found), Path(found).name, expected, instead)
 

@@ -15,6 +15,8 @@ As every image has a stream of noise of its own, the first images of a larger se
 from dataclasses import dataclass
 from typing import ClassVar
 
+from dsdistill.data import ImageSource
+from dsdistill.errors import InvalidSetting
 from dsdistill.generative.method import Drawing
 
 
@@ -23,3 +25,14 @@ class Diffusion(Drawing):
     """Images drawn from a diffusion model by their class: the baseline of generative methods."""
 
     paper: ClassVar[str] = "Peebles & Xie, Scalable Diffusion Models with Transformers, ICCV 2023, arXiv 2212.09748"
+
+    def check(self, source: ImageSource) -> None:
+        """Refuse what `Drawing.check` refuses, and a fusion, of which nothing would be made.
+
+        Raises:
+            BadArtifact, BadData, InvalidSetting, MissingWeights: naming the place and the mend.
+        """
+        if self.fusion is not None:
+            told = "left out: nothing is made of real latents; EVLF, D4M and Minimax take one"
+            raise InvalidSetting("Diffusion.fusion", type(self.fusion).__name__, told)
+        super().check(source)

@@ -53,7 +53,7 @@ class FYI(Synthesizer):
             raise InvalidSetting(
                 "FYI.base",
                 self.base.title,
-                "a method that learns images; this one only selects, so nothing would change",
+                "a method that learns images; this one selects or draws them, so nothing would change",
             )
 
     @property

@@ -133,7 +133,9 @@ def test_a_method_finds_its_experts_in_the_store(images, tmp_path, capsys):
     cost = answer(capsys, *method, "--out", tmp_path / "next", "--store", tmp_path / "store", "--dry-run")
     assert cost["store"] == 0
     assert run(*method, "--out", tmp_path / "next", "--dry-run") == 0
-    assert "  store   0.0 MiB of experts, kept for other runs" in capsys.readouterr().out  # not in the cache folder
+    assert (
+        "  store   0.0 MiB of trained networks, kept for other runs" in capsys.readouterr().out
+    )  # not in the cache folder
 
 
 def test_stopped_while_experts_are_trained_it_says_what_is_kept_and_where(images, tmp_path, capsys, monkeypatch):

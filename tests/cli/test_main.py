@@ -101,6 +101,28 @@ def test_methods_and_show(capsys):
         assert text in said
 
 
+def test_show_explains_settings_of_settings(capsys):
+    assert run("show", "EVLF") == 0
+    assert "dsdistill show EVLF.models (sampler, fusion, redraw likewise)" in capsys.readouterr().out
+    assert run("show", "evlf.models.weights") == 0
+    said = capsys.readouterr().out
+    for text in ("Weights: Which pretrained", "path", "str, required", "--method.models.weights.NAME VALUE"):
+        assert text in said
+    assert run("show", "DM.form", "--json") == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)["classes"]] == ["Plain", "Tiled"]
+    for place, message in (("EVLF.ipc", "int >= 1"), ("EVLF.modls", "'models'"), ("EVLF.models.size", "'nano'")):
+        assert run("show", place) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_lists_methods_and_not_what_they_share(capsys):
+    with pytest.raises(SystemExit):
+        run("synthesize", "--help")
+    said = capsys.readouterr().out
+    assert "methods.EVLF" in said
+    assert not re.search("Drawing|Guided", said)
+
+
 @pytest.mark.parametrize("verb", [None, *VERBS])
 def test_help_is_there_for_every_verb(verb, capsys):
     with pytest.raises(SystemExit) as exit:

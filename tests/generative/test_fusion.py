@@ -479,7 +479,7 @@ def test_what_it_cannot_learn_from():
 def test_a_text_encoder_that_is_not_there(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(MissingWeights):
-        train(few(1, text=str(tmp_path)))
+        train(few(1, text=str(tmp_path), text_width=128))
 
 
 def test_frozen_text_comes_from_the_prompts(monkeypatch):
@@ -493,7 +493,7 @@ def test_frozen_text_comes_from_the_prompts(monkeypatch):
         return TextStates(torch.randn(3, 9, 20, generator=generator), torch.tensor([2, 3, 4]))
 
     monkeypatch.setattr("dsdistill.generative.fusing.clip_states", states)
-    settings = few(3, text="a/clip", template="a photo of {}", revision="01", download=True)
+    settings = few(3, text="a/clip", text_width=128, template="a photo of {}", revision="01", download=True)
     trained = train(settings)
     prompts = ("a photo of red", "a photo of green", "a photo of blue")
     assert asked == [("a/clip", prompts, {"revision": "01", "download": True, "device": torch.device("cpu")})]

@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_an_id_is_looked_up_in_the_cache_alone(saved, monkeypatch, which):
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     weights = Weights(**{"path": str(saved / "dit"), "class_ids": KNOWN, **which})
-    refused(weights, "nothing was downloaded: that needs download=True", early=True)
+    refused(weights, "nothing was downloaded: that needs the setting download", early=True)
 
 
 def test_an_id_in_the_cache_is_found_and_its_commit_told(saved, tmp_path, monkeypatch):
@@ -422,6 +423,7 @@ def test_unknown_classes_are_refused_early(saved):
         {"path": "a", "template": "photo"},
         {"path": "a", "autoencoder_revision": "main"},
         {"path": "a", "class_ids": (-1,)},
+        {"path": "a", "class_ids": (3, 1, 3)},
         {"path": "a", "side": 0},
     ],
     ids=str,
@@ -429,6 +431,42 @@ def test_unknown_classes_are_refused_early(saved):
 def test_settings_that_say_nothing(options):
     with pytest.raises(InvalidSetting):
         Weights(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "setting"),
+    [
+        ("sd", {"class_ids": (0, 1, 2)}, "class_ids"),
+        ("dit", {"class_ids": KNOWN, "template": "a {}"}, "template"),
+        ("dit", {"class_ids": KNOWN, "negative": "cartoon"}, "negative"),
+        ("dit.pt", {"class_ids": KNOWN, "negative": "cartoon"}, "negative"),
+    ],
+)
+def test_settings_that_say_nothing_to_a_model(saved, name, options, setting):
+    apart = {"autoencoder": str(saved / "dit")} if name == "dit.pt" else {}
+    with pytest.raises(InvalidSetting, match=f"Weights.{setting} .* left out for a model"):
+        check_weights(Weights(path=str(saved / name), **apart, **options), SOURCE)
+
+
+def test_a_list_of_class_ids_will_do():
+    assert Weights(path="a", class_ids=[2, 0]) == Weights(path="a", class_ids=(2, 0))
+
+
+def test_a_refused_run_leaves_its_folder_to_the_mended_one(saved, tmp_path):
+    method = EVLF(
+        ipc=1, models=Models(weights=dit(saved / "dit", side=48)), sampler=Sampler(kind="ddpm", steps=2), until=0
+    )
+    with pytest.raises(InvalidSetting, match=r"Weights.side"):
+        synthesize(method, SOURCE, out=tmp_path, device="cpu")
+    mended = replace(method, models=Models(weights=dit(saved / "dit")), fusion=None)
+    assert len(synthesize(mended, SOURCE, out=tmp_path, device="cpu").tensors()[0]) == 3
+
+
+def test_whether_files_may_be_fetched_makes_no_other_run(saved, tmp_path):
+    method = Diffusion(ipc=1, models=Models(weights=dit(saved / "dit", download=True)), sampler=Sampler(steps=2))
+    images, _ = synthesize(method, SOURCE, out=tmp_path, device="cpu").tensors()
+    again = replace(method, models=Models(weights=dit(saved / "dit")))
+    assert torch.equal(synthesize(again, SOURCE, out=tmp_path, device="cpu").tensors()[0], images)
 
 
 @pytest.mark.parametrize("options", [{"size": "small"}, {"samples": 3}, {"max_seconds": 1.0}], ids=str)

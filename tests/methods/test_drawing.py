@@ -20,7 +20,7 @@ from dsdistill import estimate, synthesize
 from dsdistill.core.rng import Rng
 from dsdistill.data import ImageSource
 from dsdistill.engine import Run, Shared
-from dsdistill.errors import BadData, Diverged, InvalidSetting, Stopped
+from dsdistill.errors import BadArtifact, BadData, Diverged, InvalidSetting, Stopped
 from dsdistill.generative import Fusion, Weights, fused, fusing, growing
 from dsdistill.generative.denoiser import COSINE, Said, Schedule
 from dsdistill.generative.method import Drawing
@@ -174,7 +174,7 @@ def test_a_set_says_which_text_encoder_its_latents_were_fused_by(source, store, 
     monkeypatch.setattr("dsdistill.generative.method.clip_place", lambda *given, **options: None)
     plain = CASES["EVLF"]
     told = synthesize(plain, source, device="cpu", store=store).recipe.notes
-    read = replace(plain, fusion=replace(plain.fusion, text="some/clip"))
+    read = replace(plain, fusion=replace(plain.fusion, text="some/clip", text_width=128))
     more = synthesize(read, source, device="cpu", store=store).recipe.notes
     digest = hashlib.sha256(states.states.numpy().tobytes()).hexdigest()[:12]
     assert more == (*told, f"fused with names by the text encoder 'some/clip' (states sha256 {digest})")
@@ -240,6 +240,8 @@ def test_what_a_ddim_step_may_be_pulled_by():
             InvalidSetting,
             "below 49: of 50 steps none",
         ),
+        (Diffusion(**{**BLURRED, "fusion": Fusion()}), InvalidSetting, "nothing is made of real latents"),
+        (Diffusion(**{**BLURRED, "sampler": Sampler(guided=99)}), InvalidSetting, "the channels of these latents"),
         (MGD3(**{**BLURRED, "ipc": 13}), BadData, "fewer than the 13 images that as many modes take: 'class 0' .12."),
     ],
 )
@@ -249,6 +251,18 @@ def test_what_cannot_be_drawn_is_refused(method, error, message, source, store):
 
 
 # Models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "generative.json"])
+def test_damaged_models_are_told_with_their_folder(name, source, tmp_path):
+    method = Diffusion(ipc=1, models=Models(samples=64))
+    images, _ = made(method, source, tmp_path)
+    (folder,) = (tmp_path / "generative").iterdir()
+    (folder / name).write_bytes((folder / name).read_bytes()[:-9] + b"123456789")
+    with pytest.raises(BadArtifact, match=rf"damaged models .*: remove {folder}, and they are trained again"):
+        made(method, source, tmp_path)
+    shutil.rmtree(folder)
+    assert torch.equal(made(method, source, tmp_path)[0], images)
 
 
 def test_models_and_latents_are_found_again_and_tell_where_they_are_from(source, store, monkeypatch):

@@ -120,7 +120,7 @@ def test_where_flips_change_the_class_it_warns(source, caplog):
 def test_what_makes_no_sense_is_refused(source):
     with pytest.raises(InvalidSetting, match="mirrored twice"):
         FYI(base=FYI(base=DM()))
-    with pytest.raises(InvalidSetting, match="only selects"):
+    with pytest.raises(InvalidSetting, match="selects or draws"):
         FYI(base=RandomReal())
     with pytest.raises(InvalidSetting, match=r"Input should be an instance|instance of Synthesizer"):
         FYI(base="DM")

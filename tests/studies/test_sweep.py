@@ -10,8 +10,10 @@ from dsdistill.cli import sweep
 from dsdistill.cli.main import main
 from dsdistill.cli.verbs import VERBS
 from dsdistill.errors import InvalidSetting, UnknownName
-from dsdistill.methods import DM, RandomReal
+from dsdistill.generative import Fusion, Models, Redraw, Weights
+from dsdistill.methods import D4M, DM, RandomReal
 from dsdistill.networks import NetworkSpec
+from dsdistill.parameterizations import Tiled
 
 SMALL = ["--epochs", "2", "--repeats", "2", "--network.width", "8", "--network.depth", "1", "--workers", "1"]
 QUICK = ["--set", "iterations=2", "--set", "DM.real_batch=4", "--set", "network.width=8", "--set", "network.depth=1"]
@@ -114,6 +116,26 @@ def test_settings_reach_the_methods_that_have_them():
         RandomReal(on_small_class="cap"),
     ]
     assert sweep.methods("DM", ["augmentation=null"]) == [DM(augmentation=None)]
+
+
+def test_settings_reach_settings_that_are_null():
+    weights = Weights(path="/sd", class_ids=(4, 2), download=True)
+    set_here = ["models.weights.path=/sd", "models.weights.class_ids=[4,2]", "models.weights.download=true"]
+    assert sweep.methods("D4M", [*set_here, "fusion.steps=3", "redraw.confidence=0.9"]) == [
+        D4M(models=Models(weights=weights), fusion=Fusion(steps=3), redraw=Redraw(confidence=0.9))
+    ]
+    whole = ['models={"weights": {"path": "/sd", "class_ids": [4, 2], "download": true}}', 'fusion={"steps": 3}']
+    assert sweep.methods("D4M", whole) == [D4M(models=Models(weights=weights), fusion=Fusion(steps=3))]
+    assert sweep.methods("DM", ['form={"type": "Tiled", "factor": 3}']) == [DM(form=Tiled(factor=3))]
+    with pytest.raises(InvalidSetting, match=r"Weights\.path"):
+        sweep.methods("D4M", ["models.weights.download=true"])
+    with pytest.raises(UnknownName, match="did you mean 'path'"):
+        sweep.methods("D4M", ["models.weights.pth=/sd"])
+    with pytest.raises(InvalidSetting, match=r"models\.size has no settings"):
+        sweep.methods("D4M", ["models.size.x=3"])
+
+
+def test_settings_that_are_none_are_refused():
     with pytest.raises(InvalidSetting):
         sweep.methods("DM", ["=3"])
     with pytest.raises(UnknownName):
