@@ -7,6 +7,6 @@ from dsdistill.generative.fusion import Fusion
 from dsdistill.generative.models import Models
 from dsdistill.generative.pretrained import Weights
 from dsdistill.generative.redraw import Redraw
-from dsdistill.generative.sampling import Sampler
+from dsdistill.generative.sampling import DIT, Sampler
 
-__all__ = ["Fusion", "Models", "Redraw", "Sampler", "Weights"]
+__all__ = ["DIT", "Fusion", "Models", "Redraw", "Sampler", "Weights"]

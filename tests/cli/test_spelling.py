@@ -33,6 +33,7 @@ from dsdistill.cli.spelling import as_parsed, reread
         ("--load.image_size [24,40]", "--load.image_size [24,40]"),
         ("--mean 0.5,0.4 --std [1,1]", "--mean [0.5,0.4] --std [1,1]"),
         ("--classes cat,dog", "--classes [cat,dog]"),
+        ("--method.models.weights.class_ids 5,2", "--method.models.weights.class_ids [5,2]"),
         ("--baselines random whole --set a=1,2", "--baselines random whole --set a=1,2"),
         ("--per_class", "--per_class"),
         ("network lenet", "network lenet"),
