@@ -216,9 +216,13 @@ def default_of(cls: type, name: str) -> Any:
 def _inner(hint: Any) -> dict[str, type]:
     found: dict[str, type] = {}
     for option in _classes(hint):
-        children = _subclasses(option).items()
-        found |= {name: one for name, one in children if dataclasses.is_dataclass(one) and not inspect.isabstract(one)}
+        kinds: dict[str, type] = _subclasses(option)
+        found |= {name: kind for name, kind in kinds.items() if _is_settings(kind)}
     return found
+
+
+def _is_settings(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
 
 
 def _classes(hint: Any) -> list[type]:
