@@ -1,7 +1,7 @@
 """What methods that draw their images share: models, jobs, noise, and the fusion of text into latents."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 from weakref import WeakKeyDictionary
@@ -10,6 +10,7 @@ import torch
 from annotated_types import Ge
 from torch import Tensor
 
+from dsdistill.core.device import is_out_of_memory, release_memory
 from dsdistill.data import ImageSource
 from dsdistill.engine import Job, Run, Shared, State, Synthesizer, no_method
 from dsdistill.errors import BadData, InvalidSetting, Stopped
@@ -111,11 +112,7 @@ class Drawing(Synthesizer):
         places = torch.arange(self.ipc).repeat(len(job.classes))
 
         def draw(rows: Tensor, turn: int) -> Tensor:
-            made = []
-            for some in torch.split(rows, self.model(run).chunk(run)):
-                run.shared.give_way()
-                made.append(self.images(run, classes[some], places[some], turn))
-            return torch.cat(made)
+            return self._in_parts(run, rows, lambda some: self.images(run, classes[some], places[some], turn))
 
         every = torch.arange(len(classes))
         try:
@@ -124,6 +121,26 @@ class Drawing(Synthesizer):
             kept = f"the jobs before this one, kept in {error.path}; its {len(job.classes)} classes are drawn anew"
             raise Stopped(error.signum, error.iteration, error.path, kept) from None
         return State(Pixels(made), HardLabels(classes, run.source.num_classes))
+
+    def _in_parts(self, run: Run, rows: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+        """What ``draw`` makes of rows, as many together as memory holds: images do not depend on that."""
+        size = _fit.get(run.shared, self.model(run).chunk(run))
+        made: list[Tensor] = []
+        begin = 0
+        while begin < len(rows):
+            run.shared.give_way()
+            some = rows[begin : begin + size]
+            try:
+                made.append(draw(some))
+                begin += len(some)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or len(some) == 1:
+                    raise
+            size = _fit[run.shared] = len(some) // 2  # here the error and its frames, which hold tensors, are gone
+            release_memory(run.device)
+            logger.warning("memory ran out while %d images were drawn together; now %d are", len(some), size)
+        return torch.cat(made)
 
     def images(self, run: Run, classes: Tensor, places: Tensor, turn: int = 0) -> Tensor:
         """Standardised images (B, C, H, W): the ``places``-th (B,) of classes (B,), both on the CPU, in a try."""
@@ -218,4 +235,6 @@ class Drawing(Synthesizer):
         return replace(made, recipe=replace(made.recipe, notes=(*made.recipe.notes, *told)))
 
 
+_fit: "WeakKeyDictionary[Shared, int]" = WeakKeyDictionary()
+"""Images that can be drawn together where memory once ran out."""
 _modes: "WeakKeyDictionary[Shared, dict[tuple[Models, Fusion | None, int, int, int], Tensor]]" = WeakKeyDictionary()

@@ -253,6 +253,25 @@ def test_what_cannot_be_drawn_is_refused(method, error, message, source, store):
 # Models --------------------------------------------------------------------------------------------------------
 
 
+def test_fewer_are_drawn_together_where_memory_runs_out(source, store, monkeypatch, caplog):
+    images, _ = made(CASES["Diffusion"], source, store)
+    tried, plain = [], type(CASES["Diffusion"]).images
+
+    def short(self, run, classes, *others):
+        tried.append(len(classes))
+        if len(classes) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return plain(self, run, classes, *others)
+
+    monkeypatch.setattr(type(CASES["Diffusion"]), "images", short)
+    torch.testing.assert_close(made(CASES["Diffusion"], source, store)[0], images, rtol=0, atol=1e-5)
+    assert tried == [4, 2, 2, 2]  # two classes are a job, and the next one need not find out again
+    assert "memory ran out while 4 images were drawn together; now 2 are" in caplog.text
+    monkeypatch.setattr(type(CASES["Diffusion"]), "images", lambda *arguments: torch.empty(0)[3])
+    with pytest.raises(IndexError):
+        made(CASES["Diffusion"], source, store)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "generative.json"])
 def test_damaged_models_are_told_with_their_folder(name, source, tmp_path):
     method = Diffusion(ipc=1, models=Models(samples=64))
