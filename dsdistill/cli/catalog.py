@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from dsdistill.engine import Preset
 
 
+_IN_FULL = 5  # classes that one setting can be of, of which all settings are shown
+
+
 def _methods_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("pattern", type=str, nargs="?", default="", help='Wildcard, e.g. "D*".')
 
@@ -81,9 +84,9 @@ def _show_setting(config: Namespace, cls: type, path: Sequence[str]) -> Any:
             raise InvalidSetting("show", place, f"a setting that has settings: {place} is {_type_of(having[0], name)}")
     place, lines, told = ".".join(path), [], []
     for kind in kinds.values():
-        settings = describe(kind)
+        settings, whole = describe(kind), len(kinds) <= _IN_FULL
         summary = (inspect.getdoc(kind) or "").splitlines()[0]
-        lines += ["", f"{kind.__name__}: {summary}", "", *_setting_lines(settings)]
+        lines += ["", f"{kind.__name__}: {summary}", *(["", *_setting_lines(settings)] if whole and settings else [])]
         told.append({"name": kind.__name__, "summary": summary, "settings": _as_json(settings)})
     how = f"As --method.{place}.NAME VALUE, in a sweep as --set {place}.NAME=VALUE"
     say(config, "\n".join([f"{cls.__name__}.{place}", *lines, "", how]))
@@ -100,7 +103,10 @@ def _setting_lines(settings: "Sequence[FieldInfo]") -> list[str]:
     width, lines = max((len(field.name) for field in settings), default=0), []
     for field in settings:
         default = "required" if field.default is MISSING else f"default {_brief(field.default)}"
-        lines += [f"  {field.name.ljust(width)}  {field.type}, {default}", f"  {' ' * width}  {field.doc}"]
+        lines += [
+            f"  {field.name.ljust(width)}  {field.type}, {default}",
+            f"  {' ' * width}  {' '.join(field.doc.split())}",
+        ]
     return lines
 
 

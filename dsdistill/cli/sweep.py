@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +196,10 @@ def _assign(settings: dict[str, Any], cls: type, path: Sequence[str], value: Any
     for depth, name in enumerate(path[:-1]):
         known = inner_classes(kind, name) if name in {field.name for field in fields(kind)} else {}
         found = inner.get(name)
-        if found is None and inner is settings:
-            found = to_dict(default_of(cls, name))
-        if found is None and len(known) == 1:
-            found = {TYPE_KEY: next(iter(known))}
+        if known and name not in inner and (default := default_of(kind, name)) is not MISSING:
+            found = to_dict(default)
+        if len(known) == 1 and (found is None or (isinstance(found, dict) and TYPE_KEY not in found)):
+            found = {TYPE_KEY: next(iter(known)), **(found or {})}
         if not isinstance(found, dict) or found.get(TYPE_KEY) not in known:
             place = ".".join(path[: depth + 1])
             among = f"; choose one as {place}='{{\"type\": ...}}' of {', '.join(known)}" if len(known) > 1 else ""

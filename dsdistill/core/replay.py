@@ -7,18 +7,24 @@ of eight layers may take 48 ms, of which the device works 6. Recorded once as a 
 import logging
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dsdistill.core.device import is_out_of_memory
 
 logger = logging.getLogger("dsdistill")
 WARM = 2
 """Calls that are made as they are, before one is recorded: libraries and optimisers set themselves up in them."""
 WORTH_COMPILING = 5000
 """Calls of a training step from which on half a minute of compilation is won back."""
+_SECONDS = 90
+"""And seconds, where a training ends after so long."""
 _streams: dict[torch.device, Any] = {}  # one for each device: libraries keep tens of megabytes for every stream
 
 
@@ -32,11 +38,15 @@ class Replayed:
     Args:
         function: of tensors on ``device``, to a tensor.
         device: where it works.
+        calls: how many there will be, if that is known: few are not worth a recording.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device) -> None:
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, calls: int | None = None) -> None:
         self.function, self.device = function, device
+        self.recorded = device.type == "cuda" and (calls is None or calls > 2 * WARM)
         self._calls = 0
+        self._stream: Any = None
+        self._kinds: list[Any] = []
         self._graph: Any = None
         self._inputs: tuple[Tensor, ...] = ()
         self._output: Tensor | None = None
@@ -47,7 +57,7 @@ class Replayed:
         Raises:
             ValueError: they have others.
         """
-        if self.device.type != "cuda":
+        if not self.recorded:
             return self.function(*inputs)
         self._calls += 1
         if self._calls == 1:
@@ -79,23 +89,46 @@ class Replayed:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         self._inputs = tuple(one.clone() for one in inputs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._output = self.function(*self._inputs)
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._output = self.function(*self._inputs)
+        except RuntimeError as error:
+            torch.cuda.set_stream(here)  # where the recording cannot be ended, the library leaves its own
+            if error.__context__ is not None and is_out_of_memory(error.__context__):
+                raise error.__context__ from None  # behind the complaint that the recording failed
+            raise
         self._graph = graph
 
 
-def compiled(function: Callable[..., Tensor], device: torch.device, calls: int) -> Callable[..., Tensor]:
-    """The function, fused by torch's compiler where that pays: on CUDA, for many calls of the same shapes."""
-    if device.type != "cuda" or calls < WORTH_COMPILING:
+def compiled(
+    function: Callable[..., Tensor], device: torch.device, calls: int, seconds: float | None = None
+) -> Callable[..., Tensor]:
+    """The function, fused by torch's compiler where that pays: on CUDA, for many calls of the same shapes.
+
+    Args:
+        calls: how many there will be, or fewer if they end after so many ``seconds``.
+    """
+    if device.type != "cuda" or calls < WORTH_COMPILING or (seconds is not None and seconds < _SECONDS):
         return function
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-    if find_spec("triton") is None or compiler is None:
-        lacking = "triton" if compiler is not None else "a C compiler"
-        logger.warning("this training is not compiled, and takes about twice as long: %s is not installed", lacking)
+    lacking = _lacking(device)
+    if lacking:
+        logger.warning("this training is not compiled, and takes about twice as long: that needs %s", lacking)
         return function
     result: Callable[..., Tensor] = torch.compile(function, dynamic=False)
     return result
+
+
+def _lacking(device: torch.device) -> str:
+    """What triton would need to compile for a device, in words."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "a GPU of compute capability 7.0"
+    if find_spec("triton") is None:
+        return "triton"
+    if not (os.environ.get("CC") or shutil.which("clang") or shutil.which("gcc")):
+        return "a C compiler (gcc, clang, or one named by CC)"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    return "" if header.exists() else f"Python's headers ({header})"
 
 
 class Rate:

@@ -179,7 +179,8 @@ class Execution:
             seed_global(run.rng.integer("global/prepare"), run.device)
             method.prepare(run)
             jobs = method.jobs(run)
-            work = f"{len(jobs)} jobs of {method.steps} steps" if len(jobs) > 1 else f"{method.steps} steps"
+            steps = f"{method.steps} steps" if method.steps else "all at once"
+            work = f"{len(jobs)} jobs{' of' if method.steps else ', each'} {steps}" if len(jobs) > 1 else steps
             logger.info("%s: %s on %s", method.title, work, run.device)
             log = self.workspace.metrics if self.workspace else None
             self.observer = Observer(method.steps * len(jobs), log, self.progress, method.title)

@@ -53,6 +53,10 @@ class Shared:
             self._kept[name] = found
         return self._kept[name]
 
+    def known(self, name: str) -> Mapping[str, Tensor] | None:
+        """The tensors called ``name`` if they were made before."""
+        return self._kept.get(name) or self._read(name)
+
     def _place(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / quote(name, safe="")
 

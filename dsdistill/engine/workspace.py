@@ -82,9 +82,11 @@ class Workspace:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DistillError) and not isinstance(error, Stopped) and self._nothing_kept:
-            (self.run / _RUN).unlink(missing_ok=True)  # a refused run does not keep the folder from the mended one
-        self._lock.release()
+        try:
+            if isinstance(error, DistillError) and not isinstance(error, Stopped) and self._nothing_kept:
+                (self.run / _RUN).unlink(missing_ok=True)  # a refused run does not keep the folder from the mended one
+        finally:
+            self._lock.release()
 
     @property
     def _nothing_kept(self) -> bool:

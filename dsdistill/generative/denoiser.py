@@ -153,7 +153,7 @@ class Denoiser(nn.Module):
         Args:
             classes: (B,).
             guidance: w; at 1 it is asked once.
-            guided: channels that guidance is for, the first ones; None for all. The code of DiT guides three of four.
+            guided: channels that guidance is for, the first ones, at most c; None for all. DiT's code guides three.
             ask: `predicted`, or what replays it.
         """
         ask = self.predicted if ask is None else ask

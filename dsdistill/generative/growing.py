@@ -138,6 +138,8 @@ def repeated(
         except Stopped:  # raised between blocks; whatever else ends it may have left the weights in mid-block
             kept.write()
             raise
+        finally:
+            forget_gradients(kept.network)
     return float(torch.stack(losses).mean()) if losses else math.nan
 
 
@@ -149,11 +151,11 @@ def grow_autoencoder(
     Args:
         fetch: squares (B, C, S, S) of real images by their rows, on the device.
         count: of real images.
-        images: to see.
+        images: to see; fewer where there are less than the 128 of a mini-batch.
     """
     optimizer = torch.optim.Adam(model.model.parameters(), lr=5e-4, **replayable(run.device))
     batch = min(128, count)
-    budget = Budget(max(1, images // batch))
+    budget = Budget(max(1, images // 128))
 
     def update(squares: Tensor, spread: Tensor) -> Tensor:
         optimizer.zero_grad()
@@ -179,7 +181,6 @@ def grow_autoencoder(
         return replayed(squares, spread)
 
     repeated(run, "the autoencoder", budget, Progress(folder, model, optimizer), step)
-    forget_gradients(model)
     with torch.no_grad():
         rows = torch.randperm(count, generator=rng.at("scale", device=run.device), device=run.device)[:2000]
         latents = torch.cat([model.encode(fetch(part)) for part in torch.split(rows, run.chunk)])
@@ -225,7 +226,8 @@ def grow_denoiser(
         optimizer.step()
         return loss.detach()
 
-    ask = compiled(denoiser.predicted, device, 0 if run.shared.rehearsal else budget.steps)
+    # A rehearsal makes a few steps only, and says twice the time of a training that is compiled.
+    ask = compiled(denoiser.predicted, device, 0 if run.shared.rehearsal else budget.steps, seconds)
     replayed, rate = Replayed(update, device), Rate(optimizer, device)
 
     def step(number: int) -> Tensor:
@@ -237,7 +239,6 @@ def grow_denoiser(
 
     denoiser.train()
     loss = repeated(run, "the denoiser", budget, Progress(folder, both, optimizer), step)
-    forget_gradients(denoiser)
     denoiser.load_state_dict(average.state_dict())
     denoiser.eval().requires_grad_(False)
     seen = budget.done * batch

@@ -36,7 +36,9 @@ class Guided(Drawing):
         """
         super().check(source)
         if self.until >= self.sampler.steps - 1 and self.strength > 0:
-            told = f"below {self.sampler.steps - 1}: of {self.sampler.steps} steps none would be pulled"
+            told = (
+                f"below {self.sampler.steps - 1}: of the {self.sampler.steps} steps of the sampler none would be pulled"
+            )
             raise InvalidSetting(f"{type(self).__name__}.until", self.until, told)
         if self.sampler.kind == "dpm":
             raise InvalidSetting(

@@ -30,6 +30,7 @@ from dsdistill.selection.k_means import k_means_centres
 from dsdistill.synthetic import SyntheticDataset
 
 logger = logging.getLogger("dsdistill")
+_WEIGHTS = "pretrained models"  # what a run shares of them: where they come from
 
 
 @no_method
@@ -84,30 +85,33 @@ class Drawing(Synthesizer):
     def prepare(self, run: Run) -> None:
         if self.redraw is not None:
             Committee.of(run, self.redraw.teachers)  # refuses those of other images before any model is trained
-        guided, channels = self.sampler.guided, self.denoiser(run).channels
+        self._refuse_other_weights(run)
+        guided, channels = self.sampler.guided, self.model(run).denoiser.channels
         if guided is not None and guided > channels:
             told = f"at most {channels}, the channels of these latents, or null for all"
             raise InvalidSetting(f"{type(self).__name__}.sampler.guided", guided, told)
+        self.denoiser(run)
         if self.fusion is not None:
             self.fused(run)
 
     def _refuse_other_weights(self, run: Run) -> None:
         """Refuse to continue with pretrained models other than those that a run began with, under the same path."""
-        if self.models.weights is None:
+        kept = None if self.models.weights is None else run.shared.known(_WEIGHTS)
+        if kept is None:
             return
-        told = ", ".join(self.model(run).told)
-        kept = run.shared.get("pretrained models", lambda: {"told": torch.tensor(list(told.encode()))})
-        before = bytes(kept["told"].tolist()).decode()
+        told, before = ", ".join(self.model(run).told), bytes(kept["told"].tolist()).decode()
         if before != told:
             raise BadData(f"this run began with other weights: {before}; now {told}; choose another output folder")
 
     def jobs(self, run: Run) -> Sequence[Job]:
-        self._refuse_other_weights(run)
         size = self.classes_together
         parts = [run.classes[begin : begin + size] for begin in range(0, len(run.classes), size)]
         return [Job(f"classes-{part[0]:05d}", part) for part in parts]
 
     def start(self, run: Run, job: Job) -> State:
+        if self.models.weights is not None:  # not before: a run that is refused until here leaves nothing
+            told = ", ".join(self.model(run).told)
+            run.shared.get(_WEIGHTS, lambda: {"told": torch.tensor(list(told.encode()))})
         classes = torch.tensor(job.classes).repeat_interleave(self.ipc)
         places = torch.arange(self.ipc).repeat(len(job.classes))
 

@@ -255,7 +255,9 @@ def _found(run: Run, models: Models, folder: Path) -> LatentModel | None:
         manifest = storage.read_manifest(folder / MANIFEST)
         tensors = storage.read_listed_tensors(folder, manifest, WEIGHTS)
     except BadArtifact as error:
-        raise BadArtifact(folder, f"holds damaged models ({error}): {mend}") from error
+        raise BadArtifact(
+            folder, f"holds damaged models ({str(error).removesuffix('; get a fresh copy')}): {mend}"
+        ) from error
     try:
         channels, grid, _ = map(int, manifest["latent"])
         frame = frame_of(run.source, models)

@@ -69,7 +69,7 @@ class Weights:
     download: bool = False
     """Fetch from the Hub what is not in the local cache."""
     class_ids: tuple[Annotated[int, Ge(0)], ...] | None = None
-    """The model's number of each class of the images, in their order; null: ImageNet's ids and names are looked up."""
+    """The model's number of each class of the images, in their order, each once; null: ImageNet's are looked up."""
     side: Annotated[int, Ge(1)] | None = None
     """Pixels of the squares that are drawn; null: as the model was trained. Stable Diffusion takes others."""
     template: str = "{}"
@@ -78,8 +78,9 @@ class Weights:
     """Its prompt for no class."""
 
     def __post_init__(self) -> None:
-        if self.class_ids is not None:
-            object.__setattr__(self, "class_ids", tuple(self.class_ids))
+        ids: object = self.class_ids
+        if isinstance(ids, list):
+            object.__setattr__(self, "class_ids", tuple(ids))
         validate(self)
         twice = [one for one in self.class_ids or () if (self.class_ids or ()).count(one) > 1]
         if twice:
@@ -187,8 +188,10 @@ def class_ids(weights: Weights, classes: Sequence[str], known: int, index: Mappi
     """
     if weights.class_ids is not None:
         given = weights.class_ids
+        if known < len(classes):
+            raise BadData(f"the model knows {known} classes, the images have {len(classes)}; take another model")
         if len(given) != len(classes) or max(given) >= known:
-            told = f"a number below {known} for each of the {len(classes)} classes"
+            told = f"a number below {known} for each of the {len(classes)} classes, not {len(given)} up to {max(given)}"
             raise InvalidSetting("Weights.class_ids", given, told)
         return given
     table: dict[str, set[int]] = {}
@@ -207,6 +210,8 @@ def class_ids(weights: Weights, classes: Sequence[str], known: int, index: Mappi
         f"{name!r}{' (several)' if ids else ''}" for name, ids in zip(classes, found, strict=True) if len(ids) != 1
     ]
     if wrong:
+        if known < len(classes):
+            raise BadData(f"the model knows {known} classes, the images have {len(classes)}; take another model")
         raise BadData(
             f"the model knows {known} classes by number, and not which of them are {', '.join(wrong[:5])}"
             f"{' ...' if len(wrong) > 5 else ''}; give Weights.class_ids, a number for each class in the order "

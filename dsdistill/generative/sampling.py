@@ -98,7 +98,7 @@ def drawn(
     skipped = 0 if start is None else sampler.steps - max(1, min(sampler.steps, int(start.strength * sampler.steps)))
     first = torch.full((len(classes),), int(times[skipped]), device=noise.device)
     latents = noise[0] if start is None else schedule.noisy(start.latents, noise[0], first)
-    ask = Replayed(denoiser.predicted, noise.device)
+    ask = Replayed(denoiser.predicted, noise.device, sampler.steps - skipped)
     if sampler.kind == "dpm":
         if pull is not None:
             raise InvalidSetting("sampler.kind", "dpm", "'ddpm' or 'ddim', where latents are pulled")

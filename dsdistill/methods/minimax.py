@@ -26,7 +26,7 @@ With Stable Diffusion the class is left out by its negative prompt.
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
 from dsdistill.core import storage
-from dsdistill.core.config import settings_digest, to_dict
-from dsdistill.core.replay import Replayed, forget_gradients, replayable
+from dsdistill.core.config import settings_digest
+from dsdistill.core.replay import Replayed, replayable
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Preset, Run, Shared
 from dsdistill.errors import InvalidSetting
@@ -51,6 +51,9 @@ from dsdistill.generative.method import Drawing
 from dsdistill.generative.models import identity_of_latents
 from dsdistill.generative.sampling import DIT
 from dsdistill.networks import parameter_digest
+
+TUNED_AS = 2
+"""Counts the ways in which versions of this package tuned; part of what a phase is kept under."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +132,9 @@ class Minimax(Drawing):
 
     def _identity(self, run: Run, phase: int) -> str:
         """Of all that decides what a phase learns."""
-        model = self.model(run)
-        told: dict[str, Any] = {"method": to_dict(self), "phase": phase, "seed": run.rng.seed}
+        model, shared = self.model(run), {field.name for field in fields(Drawing)}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shared}
+        told: dict[str, Any] = {"version": TUNED_AS, "settings": own, "phase": phase, "seed": run.rng.seed}
         told |= {"latents": identity_of_latents(run, self.models), "denoiser": model.denoiser.digest}
         if self.fusion is not None:
             told["fusion"] = parameter_digest(self.fused(run).fusion)
@@ -171,7 +175,6 @@ class Minimax(Drawing):
         state = nn.ModuleDict({"weights": weights, "average": average, "memories": memories})
         kept = Progress(folder, state, optimizer)
         repeated(run, "minimax", Budget(self.iterations), kept, step, mend="lower lr")
-        forget_gradients(weights)
         return {name: parameter.detach().cpu() for name, parameter in zip(trained, average, strict=True)}
 
     def _loss(self, model: Denoiser, memories: "Memories", seen: Noised) -> Tensor:

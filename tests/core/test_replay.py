@@ -80,6 +80,43 @@ def test_a_function_is_recorded_once_and_its_inputs_are_copied(device, monkeypat
         replayed(torch.ones(1).double(), torch.ones(1))
 
 
+def test_few_calls_are_not_recorded(device):
+    replayed = Replayed(lambda one: 2 * one, device, calls=2 * WARM)
+    for _ in range(2 * WARM):
+        replayed(torch.ones(1))
+    assert replayed._graph is None
+    assert not replayed.recorded
+    assert Replayed(len, device, calls=2 * WARM + 1).recorded
+    assert not Replayed(len, CPU).recorded
+
+
+def test_memory_that_runs_out_in_a_recording_is_told_as_such(device, monkeypatch):
+    """The library ends the recording first, which fails, and leaves its own stream behind."""
+    left = []
+
+    @contextlib.contextmanager
+    def recording(graph, stream, capture_error_mode):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def function(one):
+        if replayed._calls > WARM:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return one
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "set_stream", left.append)
+    replayed = Replayed(function, device)
+    for _ in range(WARM):
+        replayed(torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        replayed(torch.ones(1))
+    assert left == [torch.cuda.current_stream(device)]
+
+
 def test_all_functions_share_a_stream(device):
     first, second = (Replayed(lambda one: one, device) for _ in range(2))
     first(torch.ones(1))
@@ -88,23 +125,34 @@ def test_all_functions_share_a_stream(device):
     assert first._stream is second._stream
 
 
-def test_what_is_compiled(monkeypatch, caplog):
+def test_what_is_compiled(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: ("compiled", function, dynamic))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(replay, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(replay.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     monkeypatch.setenv("CC", "gcc")
-    worth = replay.WORTH_COMPILING
+    (tmp_path / "Python.h").touch()
+    worth, capability = replay.WORTH_COMPILING, (9, 0)
     assert compiled(len, CPU, worth) is len
     assert compiled(len, CUDA, worth - 1) is len
-    assert compiled(len, CUDA, worth) == ("compiled", len, False)
+    assert compiled(len, CUDA, worth, 60.0) is len
     assert not caplog.records
+    assert compiled(len, CUDA, worth) == compiled(len, CUDA, worth, 90.0) == ("compiled", len, False)
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(replay.shutil, "which", lambda name: None)
+    monkeypatch.setattr(replay.shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
     assert compiled(len, CUDA, worth) is len
-    assert "a C compiler is not installed" in caplog.text
-    monkeypatch.setenv("CC", "gcc")
+    assert "needs a C compiler" in caplog.text
+    monkeypatch.setattr(replay.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert compiled(len, CUDA, worth) != len
+    (tmp_path / "Python.h").unlink()
+    assert compiled(len, CUDA, worth) is len
+    assert f"needs Python's headers ({tmp_path / 'Python.h'})" in caplog.text
     monkeypatch.setattr(replay, "find_spec", lambda name: None)
     assert compiled(len, CUDA, worth) is len
-    assert "triton is not installed" in caplog.text
+    assert "needs triton" in caplog.text
+    capability = (6, 1)
+    assert compiled(len, CUDA, worth) is len
+    assert "compute capability" in caplog.text
 
 
 def test_the_step_size_is_that_of_the_next_step():

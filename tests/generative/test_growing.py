@@ -48,7 +48,7 @@ def test_an_autoencoder_takes_the_steps_of_its_formula(mirror_safe):
     squares = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     model = KL(pipelines.autoencoder().double(), 8, 1.0)
     expected = copy.deepcopy(model.model)
-    grow_autoencoder(run_of(source), model, lambda rows: squares[rows], 8, 24, Rng(0), None)
+    grow_autoencoder(run_of(source), model, lambda rows: squares[rows], 8, 3 * 128, Rng(0), None)
     optimizer = torch.optim.Adam(expected.parameters(), lr=5e-4)
     for number in range(3):
         generator = Rng(0).at("autoencoder", number)

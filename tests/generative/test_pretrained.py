@@ -401,7 +401,9 @@ def test_numbers_of_classes():
         (["cat", "chain saw"], {}, BadData, r"which of them are 'cat'; give Weights.class_ids"),
         (["crane"], {}, BadData, r"'crane' .several."),
         ([wnids()[0]], {}, BadData, wnids()[0]),
-        (["a"], {"class_ids": (5,)}, InvalidSetting, "below 5"),
+        (["a"], {"class_ids": (5,)}, InvalidSetting, "below 5 for each of the 1 classes, not 1 up to 5"),
+        (list("abcdef"), {}, BadData, "knows 5 classes, the images have 6; take another model"),
+        (list("abcdef"), {"class_ids": (0, 1, 2)}, BadData, "knows 5 classes, the images have 6"),
         (["a", "b"], {"class_ids": (1,)}, InvalidSetting, "for each of the 2 classes"),
     ],
 )

@@ -42,7 +42,7 @@ def test_latents_are_like_those_of_the_cpu(kind):
 
 @pytest.mark.parametrize("size", ["nano", "small"])
 def test_models_are_trained_and_draw_within_range(size, monkeypatch, tmp_path):
-    tiny = replace(growing.SIZES[size], layers=2, heads=2, width=16, batch=32, images=36)
+    tiny = replace(growing.SIZES[size], layers=2, heads=2, width=16, batch=32, images=128)
     monkeypatch.setitem(growing.SIZES, size, tiny)
     source = toy_source(classes=3)
     models, sampler = Models(size=size, samples=320), Sampler(kind="ddpm", steps=10)

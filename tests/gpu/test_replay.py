@@ -136,7 +136,7 @@ def test_latents_are_those_of_a_loop(kind, never):
 @pytest.mark.parametrize("size", ["nano", "small"])
 def test_models_are_those_of_a_loop(size, never, monkeypatch):
     """Trained and tuned with and without replays, to rounding: sums of attention have no fixed order."""
-    tiny = replace(growing.SIZES[size], layers=2, heads=2, width=16, batch=32, images=144)
+    tiny = replace(growing.SIZES[size], layers=2, heads=2, width=16, batch=32, images=5 * 128)
     monkeypatch.setitem(growing.SIZES, size, tiny)
     source, images = toy_source(classes=3), []
     methods = [

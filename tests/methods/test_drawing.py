@@ -238,7 +238,7 @@ def test_what_a_ddim_step_may_be_pulled_by():
         (
             MGD3(**{**BLURRED, "sampler": Sampler(kind="ddpm"), "until": 49}),
             InvalidSetting,
-            "below 49: of 50 steps none",
+            "below 49: of the 50 steps of the sampler none",
         ),
         (Diffusion(**{**BLURRED, "fusion": Fusion()}), InvalidSetting, "nothing is made of real latents"),
         (Diffusion(**{**BLURRED, "sampler": Sampler(guided=99)}), InvalidSetting, "the channels of these latents"),
@@ -404,7 +404,7 @@ def test_training_lowers_the_loss(source):
 
 def test_a_kl_autoencoder_has_unit_latents(monkeypatch):
     source = toy_source(classes=2, per_class=16, shape=(3, 16, 16))
-    brief = replace(growing.SIZES["small"], images=96, samples=16, layers=1, heads=2, width=8, batch=8)
+    brief = replace(growing.SIZES["small"], images=3 * 128, samples=16, layers=1, heads=2, width=8, batch=8)
     monkeypatch.setitem(growing.SIZES, "small", brief)
     model = model_of(run_of(source), Models(size="small"))
     latents = latents_of(run_of(source), Models(size="small")) * model.autoencoder.scale

@@ -15,7 +15,7 @@ from dsdistill import synthesize
 from dsdistill.core.rng import Rng
 from dsdistill.engine import Run, Shared
 from dsdistill.errors import InvalidSetting, Stopped
-from dsdistill.generative import growing, sampling
+from dsdistill.generative import Redraw, Sampler, growing, sampling
 from dsdistill.generative.bound import variance_bound
 from dsdistill.generative.denoiser import ByClass, Schedule, small_transformer, without_dropped_labels
 from dsdistill.generative.method import Drawing
@@ -325,3 +325,23 @@ def test_what_a_phase_learns_is_known_by_all_that_decides_it(tmp_path):
 def test_a_memory_holds_a_mini_batch_of_one_class():
     with pytest.raises(InvalidSetting, match="at least batch_size, 8"):
         Minimax(memory=7)
+
+
+# What a phase is kept under --------------------------------------------------------------------------------------
+
+
+def test_what_is_tuned_depends_on_no_setting_of_the_drawing(source):
+    run = run_of(source)
+    digest = TOLD._identity(run, 0)
+    for same in ({"ipc": 7}, {"sampler": Sampler(steps=3)}, {"classes_together": 1}, {"redraw": Redraw()}):
+        assert replace(TOLD, **same)._identity(run, 0) == digest
+    for other in ({"lr": 0.5}, {"iterations": 9}, {"weighted": True}, {"models": replace(TOLD.models, seed=1)}):
+        assert replace(TOLD, **other)._identity(run, 0) != digest
+    assert TOLD._identity(run, 1) != digest
+    assert TOLD._identity(run_of(source, seed=1), 0) != digest
+
+
+def test_settings_that_do_not_fit_are_refused_before_anything_is_tuned(source, monkeypatch):
+    monkeypatch.setattr(Minimax, "_learned", None)
+    with pytest.raises(InvalidSetting, match="the channels of these latents"):
+        synthesize(replace(TOLD, sampler=Sampler(steps=3, guided=99)), source, device="cpu")

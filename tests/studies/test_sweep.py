@@ -1,6 +1,7 @@
 """``dsdistill sweep`` as a user meets it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from studies.actors import Fragile
@@ -10,6 +11,7 @@ from dsdistill.cli import sweep
 from dsdistill.cli.main import main
 from dsdistill.cli.verbs import VERBS
 from dsdistill.errors import InvalidSetting, UnknownName
+from dsdistill.experts import Teachers
 from dsdistill.generative import Fusion, Models, Redraw, Weights
 from dsdistill.methods import D4M, DM, RandomReal
 from dsdistill.networks import NetworkSpec
@@ -126,6 +128,12 @@ def test_settings_reach_settings_that_are_null():
     ]
     whole = ['models={"weights": {"path": "/sd", "class_ids": [4, 2], "download": true}}', 'fusion={"steps": 3}']
     assert sweep.methods("D4M", whole) == [D4M(models=Models(weights=weights), fusion=Fusion(steps=3))]
+    (made,) = sweep.methods("D4M", ["redraw.teachers.training.epochs=5"])  # all else as a redraw has it
+    assert made.redraw == replace(
+        Redraw(), teachers=replace(Teachers(), training=replace(Teachers().training, epochs=5))
+    )
+    (made,) = sweep.methods("D4M", ['redraw={"confidence": 0.7}', "redraw.tries=3"])
+    assert made.redraw == Redraw(confidence=0.7, tries=3)
     assert sweep.methods("DM", ['form={"type": "Tiled", "factor": 3}']) == [DM(form=Tiled(factor=3))]
     with pytest.raises(InvalidSetting, match=r"Weights\.path"):
         sweep.methods("D4M", ["models.weights.download=true"])
