@@ -219,7 +219,7 @@ def _identity(source: ImageSource, models: Models) -> dict[str, Any]:
     return {
         "version": STORED_AS,
         "models": to_dict(models),
-        "size": None if models.weights is not None else asdict(SIZES[models.size]),
+        "size": asdict(SIZES[models.size]),
         "images": _images(source),
     }
 

@@ -186,10 +186,10 @@ def class_ids(weights: Weights, classes: Sequence[str], known: int, index: Mappi
         InvalidSetting: ``class_ids`` are not one for each class, or beyond the model's.
         BadData: a class is unknown.
     """
+    if known < len(classes):
+        raise BadData(f"the model knows {known} classes, the images have {len(classes)}; take another model")
     if weights.class_ids is not None:
         given = weights.class_ids
-        if known < len(classes):
-            raise BadData(f"the model knows {known} classes, the images have {len(classes)}; take another model")
         if len(given) != len(classes) or max(given) >= known:
             told = f"a number below {known} for each of the {len(classes)} classes, not {len(given)} up to {max(given)}"
             raise InvalidSetting("Weights.class_ids", given, told)
@@ -210,8 +210,6 @@ def class_ids(weights: Weights, classes: Sequence[str], known: int, index: Mappi
         f"{name!r}{' (several)' if ids else ''}" for name, ids in zip(classes, found, strict=True) if len(ids) != 1
     ]
     if wrong:
-        if known < len(classes):
-            raise BadData(f"the model knows {known} classes, the images have {len(classes)}; take another model")
         raise BadData(
             f"the model knows {known} classes by number, and not which of them are {', '.join(wrong[:5])}"
             f"{' ...' if len(wrong) > 5 else ''}; give Weights.class_ids, a number for each class in the order "
